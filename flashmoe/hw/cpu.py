@@ -1,0 +1,237 @@
+"""The CPU backend: PEs are groups of threads in this process. Same tasks, queues and exchange as on a GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe import _native
+from flashmoe.hw.fault import launch_error
+from flashmoe.model import MoEModel
+from flashmoe.policy import QUEUES, Policy, resolve
+from flashmoe.routing import Routing
+from flashmoe.schedule import to_schedule
+from flashmoe.tasks import ORDERS, TaskTable, Tiling, critical_path, native_shape, ready_times
+from flashmoe.trace import TRACE_DTYPE, Trace, stamp
+from flashmoe.weights import Weights
+
+_MAX_WORKERS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chaos:
+    """Trouble for a launch, to see that it is borne or told: delays, and workers that fail to do their part."""
+
+    max_delay_us: int = 0  # random, before tasks and between a task and its signals
+    absent_pe: int | None = None  # its workers never start
+    dead_worker: tuple[int, int, int] | None = None  # (pe, worker, number of tasks after which it stops)
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """outputs: one (num_tokens, d_model) array per PE, in the model's dtype. routing: what the layer used."""
+
+    outputs: list[NDArray[Any]]
+    trace: Trace
+    routing: Routing
+
+
+class Layer:
+    """One layer, its weights and a workspace, to be launched as often as wanted. Nothing is reset in between."""
+
+    def __init__(
+        self,
+        model: MoEModel,
+        weights: Weights,
+        *,
+        ep_size: int,
+        max_tokens: int,
+        workers: int = 4,
+        policy: str | Policy = "ticket",
+        tiling: Tiling | None = None,
+        domains: int = 2,
+        deadline_s: float = 60.0,
+        trace: bool = True,
+    ) -> None:
+        """max_tokens: the most tokens of one PE that the workspace has room for. trace=False records nothing.
+
+        Raises: ValueError naming the bad argument and the accepted values.
+        """
+        _check_range("ep_size", ep_size, 1, 64)
+        _check_range("max_tokens", max_tokens, 0, _native.MAX_TOKENS_PER_PE)
+        _check_range("workers", workers, 1, _MAX_WORKERS)
+        _check_range("domains", domains, 1, _MAX_WORKERS)
+        if not 0 < deadline_s < 1e6:
+            raise ValueError(f"deadline_s={deadline_s} (accepted: above 0 and below 1e6)")
+        weights.check(model)
+        self.model, self.workers, self.ep_size, self.max_tokens = model, workers, ep_size, max_tokens
+        self.domains = min(domains, workers)
+        self.policy = resolve(policy, tiling)
+        self.weights = weights.cast(model.dtype)
+        self._follows_lists = self.policy.queue == "replay" or self.policy.rank is not None
+        tiling = self.policy.tiling
+        shape = native_shape(model, ep_size)
+        self._native = _native.CpuLayer(
+            shape=shape,
+            tiling=tiling.native(),
+            queue=QUEUES.index("replay" if self._follows_lists else self.policy.queue),
+            order=ORDERS.index(self.policy.order),
+            look_ahead=self.policy.look_ahead,
+            max_tokens=max_tokens,
+            num_workers=workers,
+            num_domains=self.domains,
+            deadline_s=deadline_s,
+            # room for all of a large layer's tasks on one worker; untouched pages cost nothing
+            trace_capacity=1 << 20 if trace else 0,
+            gate=self.weights.gate,
+            gate_up=self.weights.gate_up,
+            down=self.weights.down,
+        )
+        self._traced = trace
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Workspaces and symmetric heaps of all PEs, without weights."""
+        return self._native.workspace_bytes()
+
+    @property
+    def epochs(self) -> list[int]:
+        """Launches that each PE has finished since the workspace was made, or reset after a failure."""
+        return self._native.epochs()
+
+    def __call__(
+        self, x: Sequence[NDArray[Any]], *, routing: Routing | None = None, seed: int = 0, chaos: Chaos | None = None
+    ) -> RunResult:
+        """Launch once. Arguments and errors as in `flashmoe.run`; seed also draws the chaos."""
+        tokens = self._tokens(x)
+        num_tokens = [len(rows) for rows in tokens]
+        schedule, digests = None, []
+        if routing is not None:
+            routing.check(self.model)
+            if list(routing.num_tokens) != num_tokens:
+                raise ValueError(f"routing for {list(routing.num_tokens)} tokens per PE (x has {num_tokens})")
+        if self._follows_lists:
+            table = self._table(routing or self._expected_routing(tokens), gate=routing is None)
+            schedule = to_schedule(self.policy, table, self.workers)
+            digests = table.plan_digests
+        outputs = [np.zeros(rows.shape, self.model.numpy_dtype) for rows in tokens]
+        chaos = chaos or Chaos()
+        done = self._native.run(
+            [_bits(rows) for rows in tokens],
+            [_bits(rows) for rows in outputs],
+            None if routing is None else [np.ascontiguousarray(idx, np.int32) for idx in routing.topk_idx],
+            None if routing is None else [np.ascontiguousarray(w, np.float32) for w in routing.topk_weights],
+            schedule,
+            digests,
+            max_delay_us=chaos.max_delay_us,
+            seed=seed,
+            absent_pe=chaos.absent_pe,
+            dead_worker=chaos.dead_worker,
+        )
+        if not done:
+            raise launch_error(self._native.fault(), self.workers)
+        if routing is None:
+            pairs = [self._native.routing(pe, count) for pe, count in enumerate(num_tokens)]
+            used = Routing(
+                topk_idx=tuple(idx for idx, _ in pairs),
+                topk_weights=tuple(w for _, w in pairs),
+                num_experts=self.model.num_experts,
+                name="gate",
+            )
+        else:
+            used = routing
+        return RunResult(outputs, self._trace(used, gate=routing is None, seed=seed), used)
+
+    def _table(self, routing: Routing, *, gate: bool) -> TaskTable:
+        return TaskTable(self.model, routing, self.policy.tiling, gate=gate)
+
+    def _expected_routing(self, tokens: list[NDArray[Any]]) -> Routing:
+        """What the gate will choose: a schedule needs it before the launch, which checks it."""
+        from flashmoe import reference
+
+        pairs = [
+            reference.route(reference.gate_logits(self.model, self.weights, rows), self.model) for rows in tokens
+        ]
+        return Routing(
+            topk_idx=tuple(idx for idx, _ in pairs),
+            topk_weights=tuple(weights for _, weights in pairs),
+            num_experts=self.model.num_experts,
+            name="gate",
+        )
+
+    def _tokens(self, x: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        if len(x) != self.ep_size:
+            raise ValueError(f"x: {len(x)} arrays (must be one per PE, {self.ep_size})")
+        tokens = []
+        for pe, rows in enumerate(x):
+            rows = np.asarray(rows)
+            if rows.ndim != 2 or rows.shape[1] != self.model.d_model:
+                raise ValueError(f"x[{pe}]: shape {rows.shape} (must be (num_tokens, d_model={self.model.d_model}))")
+            if len(rows) > self.max_tokens:
+                raise ValueError(f"x[{pe}]: {len(rows)} tokens (the layer has room for max_tokens={self.max_tokens})")
+            tokens.append(np.ascontiguousarray(rows, dtype=self.model.numpy_dtype))
+        return tokens
+
+    def _trace(self, routing: Routing, *, gate: bool, seed: int) -> Trace:
+        table = self._table(routing, gate=gate)
+        records = self._records(table) if self._traced else np.zeros(0, TRACE_DTYPE)
+        header = {
+            **table.header(),
+            **stamp(),
+            "executor": "cpu",
+            "machine": "host",
+            "cpu": platform.processor() or platform.machine(),
+            "num_cores": os.cpu_count(),
+            "num_workers": self.workers,
+            "num_domains": self.domains,
+            "policy": self.policy.name,
+            "seed": seed,
+            "clock": {"unit": "ps", "resolution_ps": 1000},
+            "drops": self._native.drops() if self._traced else 0,
+            "hbm_bytes": int(table.tasks["weight_bytes"].sum()),
+            "link_bytes": int(table.tasks["link_bytes"].sum()),
+        }
+        complete = len(records) == len(table)
+        return Trace(records, header, critical_path(table, records) if complete else np.zeros(0, np.int64))
+
+    def _records(self, table: TaskTable) -> np.ndarray[Any, Any]:
+        """The workers' 32-byte records as trace records, by (pe, task_id)."""
+        buffers = self._native.traces()
+        raw = np.concatenate(buffers)
+        pe = np.repeat(np.arange(len(buffers)) // self.workers, [len(buffer) for buffer in buffers])
+        rows = np.empty(len(raw), np.int64)
+        for i in range(self.ep_size):
+            rows[pe == i] = table.row(i, raw["task_id"][pe == i].astype(np.int64))
+        raw, rows = raw[np.argsort(rows)], np.sort(rows)
+        tasks = table.tasks[rows]
+        records = np.zeros(len(raw), TRACE_DTYPE)
+        for name in ("pe", "task_id", "kind", "expert", "tile", "num_tokens", "peer", "link_bytes"):
+            records[name] = tasks[name]
+        for name in ("worker", "domain", "flags"):
+            records[name] = raw[name]
+        records["hbm_bytes"] = tasks["weight_bytes"]
+        start_ns = raw["start_ns"].astype(np.int64)
+        records["start_ps"] = start_ns * 1000
+        records["end_ps"] = (start_ns + raw["duration_ns"]) * 1000
+        records["ticket_ps"] = (start_ns - raw["ticket_delta"]) * 1000
+        if len(rows) == len(table):  # all threads share a clock, so inputs were complete when their last maker ended
+            records["ready_ps"] = ready_times(table, records["end_ps"].astype(np.int64))
+        else:
+            records["ready_ps"] = (start_ns - raw["ready_delta"]) * 1000
+        return records
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    """bf16 as the 16-bit words that it is: the native module knows no numpy type of that name."""
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} (accepted: {low}..{high})")

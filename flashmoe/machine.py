@@ -1,0 +1,189 @@
+"""The machine that a schedule runs on: a few physical parameters, each with its unit and its origin."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Units that a file may use for a field of each unit, and their size in it.
+_UNITS: dict[str, dict[str, float]] = {
+    "ps": {"ps": 1, "ns": 1_000, "us": 1_000_000},
+    "bytes/ns": {"bytes/ns": 1, "GB/s": 1},
+    "flop/ns": {"flop/ns": 1, "TFLOP/s": 1_000},
+    "count": {"count": 1},
+    "ratio": {"ratio": 1},
+    "flag": {"flag": 1},
+    "name": {"name": 1},
+}
+_ORIGINS = ("measured", "datasheet", "estimate", "fitted")
+_TOPOLOGIES = ("mesh", "switch")
+_NAMES = ("name", "base", "description")  # keys of a file that are not parameters
+
+
+class Origin(NamedTuple):
+    """Where a parameter's value comes from."""
+
+    unit: str  # of the value in Machine, whatever unit the file used
+    origin: str  # measured | datasheet | estimate | fitted
+    source: str
+
+
+def _parameter(unit: str, what: str, **options: Any) -> Any:
+    return field(metadata={"unit": unit, "what": what}, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """One kind of GPU (or host) and the fabric between several of them, one PE a GPU.
+
+    The unit and the meaning of each field are in its metadata: `parameter_units()`, `parameter_meanings()`.
+    Raises: ValueError naming the field, its value and what is accepted.
+    """
+
+    name: str
+    num_cus: int = _parameter("count", "CUs (SMs) of one PE: its workers, one a CU")
+    num_domains: int = _parameter("count", "groups of CUs with an L2 of their own (XCDs)")
+    num_pes_max: int = _parameter("count", "largest number of PEs that the fabric joins")
+    hbm_bytes_per_ns: float = _parameter("bytes/ns", "achieved memory bandwidth of one PE")
+    cu_bytes_per_ns: float = _parameter("bytes/ns", "most that one CU can stream from memory")
+    cu_flops_per_ns: float = _parameter("flop/ns", "achieved matrix rate of one CU")
+    cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    prefetch: bool = _parameter("flag", "weights stream before a task's inputs are ready")
+    ticket_ps: int = _parameter("ps", "ticket from a counter of the own domain, beyond its service")
+    ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
+    ticket_service_ps: int = _parameter("ps", "serial part of a ticket, counter of the own domain")
+    ticket_far_service_ps: int = _parameter("ps", "serial part of a ticket, counter that several domains use")
+    signal_ps: int = _parameter("ps", "release to being seen by another CU of the PE, memory idle")
+    # 1 by default: a machine whose signals don't care about memory traffic is the simpler one.
+    signal_load_factor: float = _parameter("ratio", "signal_ps is multiplied by this at full load", default=1.0)
+    put_ps: int = _parameter("ps", "put with signal to another PE, one way, beyond its bytes")
+    link_bytes_per_ns: float = _parameter("bytes/ns", "one direction of a link (mesh) or of a port (switch)")
+    link_topology: str = _parameter("name", "mesh: a link for each pair; switch: one port a PE")
+    store_bytes_per_ns: float = _parameter("bytes/ns", "remote stores of one CU, which is busy meanwhile")
+    gate_overhead_ps: int = _parameter("ps", "fixed part of a gate task")
+    route_overhead_ps: int = _parameter("ps", "fixed part of a route task")
+    dispatch_overhead_ps: int = _parameter("ps", "fixed part of a dispatch task")
+    up_overhead_ps: int = _parameter("ps", "fixed part of an up task")
+    down_overhead_ps: int = _parameter("ps", "fixed part of a down task")
+    combine_overhead_ps: int = _parameter("ps", "fixed part of a combine task")
+    expert_overhead_ps: int = _parameter("ps", "fixed part of an expert task")
+    # With shared memory one processor-sharing channel stands for the cores: a core that computes is a core used.
+    shared_memory: bool = _parameter("flag", "the threads of all PEs share the same cores and memory", default=False)
+    origins: Mapping[str, Origin] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for key, unit in parameter_units().items():
+            _check(key, getattr(self, key), unit)
+        if self.num_domains > self.num_cus:
+            raise ValueError(f"num_domains={self.num_domains} (must be at most num_cus={self.num_cus})")
+
+    @classmethod
+    def preset(cls, name: str) -> Machine:
+        """A machine that comes with the package; ValueError naming the presets if there is no such one."""
+        if name not in preset_names():
+            raise ValueError(f"unknown machine {name!r} (presets: {', '.join(preset_names())}; or 'host', or a .toml file)")
+        return _from_toml((_preset_folder() / f"{name}.toml").read_text(encoding="utf-8"), name)
+
+    @classmethod
+    def load(cls, machine: str | Path | Machine) -> Machine:
+        """A Machine as it is, "host" (measured on the spot), a preset's name, or a TOML file."""
+        if isinstance(machine, Machine):
+            return machine
+        if str(machine) == "host":
+            from flashmoe.calibrate import host_machine  # measures for seconds: only who asks for it pays
+
+            return host_machine()
+        path = Path(machine)
+        if path.suffix != ".toml":
+            return cls.preset(str(machine))
+        if not path.is_file():
+            raise ValueError(f"no machine file {str(path)!r} (presets: {', '.join(preset_names())})")
+        return _from_toml(path.read_text(encoding="utf-8"), path.stem)
+
+    def overhead_ps(self, kind: str) -> int:
+        """Fixed part of a task of this kind [ps]."""
+        value = getattr(self, f"{kind}_overhead_ps", None)
+        if not isinstance(value, int):
+            kinds = [key.removesuffix("_overhead_ps") for key in parameter_units() if key.endswith("_overhead_ps")]
+            raise ValueError(f"unknown task kind {kind!r} (kinds: {', '.join(kinds)})")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters, ready for JSON; without the origins."""
+        return {"name": self.name} | {key: getattr(self, key) for key in parameter_units()}
+
+
+def parameter_units() -> dict[str, str]:
+    """Unit of each parameter, by field name."""
+    return {item.name: item.metadata["unit"] for item in fields(Machine) if "unit" in item.metadata}
+
+
+def parameter_meanings() -> dict[str, str]:
+    """What each parameter is, by field name."""
+    return {item.name: item.metadata["what"] for item in fields(Machine) if "what" in item.metadata}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Machines that come with the package; "host" is measured, not a preset."""
+    return tuple(sorted(item.name.removesuffix(".toml") for item in _preset_folder().iterdir() if item.name.endswith(".toml")))
+
+
+def _preset_folder() -> Any:
+    return resources.files("flashmoe") / "presets"
+
+
+def _check(key: str, value: Any, unit: str) -> None:
+    if unit == "flag":
+        good, accepted = isinstance(value, bool), "true or false"
+    elif unit == "name":
+        good, accepted = value in _TOPOLOGIES, " or ".join(_TOPOLOGIES)
+    elif unit in ("ps", "count"):
+        least = 0 if unit == "ps" else 1
+        good, accepted = type(value) is int and value >= least, f"a whole number, at least {least} [{unit}]"
+    else:
+        good = type(value) in (int, float) and 0 < value < float("inf")
+        accepted = f"a positive number [{unit}]"
+    if not good:
+        raise ValueError(f"{key}={value!r} (must be {accepted})")
+
+
+def _from_toml(text: str, default_name: str) -> Machine:
+    """Parse a machine file: `key = { value, unit, origin, source }` each, over `base = "preset"` if there is one."""
+    try:
+        entries = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"machine file {default_name!r} is not TOML: {error}") from error
+    units = parameter_units()
+    if unknown := [key for key in entries if key not in units and key not in _NAMES]:
+        raise ValueError(f"unknown machine parameter {unknown[0]!r} (parameters: {', '.join(units)}; also {', '.join(_NAMES)})")
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    if "base" in entries:
+        base = Machine.preset(entries["base"])
+        values, origins = base.to_dict(), dict(base.origins)
+    values["name"] = entries.get("name", default_name)
+    for key in units.keys() & entries.keys():
+        values[key], origins[key] = _read_entry(key, entries[key], units[key])
+    optional = {"signal_load_factor", "shared_memory"}
+    if missing := [key for key in units if key not in values and key not in optional]:
+        raise ValueError(f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})")
+    return Machine(**values, origins=origins)
+
+
+def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
+    wanted = {"value", "unit", "origin", "source"}
+    if not isinstance(entry, dict) or entry.keys() != wanted:
+        raise ValueError(f"{key} = {entry!r} (must be a table with value, unit, origin and source)")
+    if entry["unit"] not in _UNITS[unit]:
+        raise ValueError(f"{key} has unit {entry['unit']!r} (accepted: {', '.join(_UNITS[unit])})")
+    if entry["origin"] not in _ORIGINS:
+        raise ValueError(f"{key} has origin {entry['origin']!r} (accepted: {', '.join(_ORIGINS)})")
+    value, scale = entry["value"], _UNITS[unit][entry["unit"]]
+    if scale != 1 and type(value) in (int, float):
+        value = round(value * scale) if unit == "ps" else value * scale
+    _check(key, value, unit)
+    return value, Origin(unit, entry["origin"], str(entry["source"]))

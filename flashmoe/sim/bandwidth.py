@@ -1,0 +1,81 @@
+"""Memory bandwidth shared by the workers that stream: capped processor sharing in virtual time."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Any
+
+import simpy
+
+
+ROUNDING_PS = 1e-3  # float64 noise: 25.0000000004 ps is 25 ps, not 26
+
+
+def ceil_ps(ps: float) -> int:
+    """The first whole picosecond that is not before `ps`."""
+    return math.ceil(ps - ROUNDING_PS)
+
+
+class CappedSharing:
+    """A channel of `total` bytes a ns; n streams get min(cap, total / n) each, at every moment.
+
+    As all streams always have the same rate, one virtual clock [bytes] says how far each of them is: a stream that
+    starts when the clock shows v ends when it shows v + its bytes. An arrival or a departure changes how fast the
+    clock runs and nothing else, so it costs O(log n) and no stream is ever looked at but the first to end.
+    A second engine gives the same bits if it does the same float64 operations in the same order: at every arrival
+    and departure `clock += rate * (now - last)`, then the rate, then ceil_ps((end of the first - clock) / rate).
+    The clock restarts at 0 whenever the channel falls idle.
+
+    Source: virtual time as in fair queueing, Demers, Keshav and Shenker 1989, SIGCOMM.
+    """
+
+    def __init__(self, env: simpy.Environment, total_bytes_per_ns: float, cap_bytes_per_ns: float) -> None:
+        self._env = env
+        self._total = total_bytes_per_ns / 1000.0  # [bytes/ps]
+        self._cap = cap_bytes_per_ns / 1000.0  # [bytes/ps]
+        self._clock = 0.0  # [bytes]
+        self._rate = 0.0  # of the clock, which is the rate of each stream [bytes/ps]
+        self._last_ps = 0  # time of the last change
+        self._streams: list[tuple[float, int, simpy.Event]] = []  # heap: (clock at its end, sequence, done)
+        self._sequence = 0  # streams that end together are done in the order in which they started
+        self._generation = 0  # a wake-up of an older generation has been overtaken by a change of rate
+
+    @property
+    def load(self) -> float:
+        """Share of the bandwidth in use now, 0 to 1."""
+        return min(1.0, len(self._streams) * self._cap / self._total)
+
+    def start(self, num_bytes: float, done: simpy.Event) -> None:
+        """Stream num_bytes (> 0) from now on; `done` succeeds when the last byte is there."""
+        self._advance()
+        heapq.heappush(self._streams, (self._clock + num_bytes, self._sequence, done))
+        self._sequence += 1
+        self._change_rate()
+
+    def _advance(self) -> None:
+        now_ps = int(self._env.now)
+        if self._streams:
+            self._clock += self._rate * (now_ps - self._last_ps)
+        else:
+            self._clock = 0.0
+        self._last_ps = now_ps
+
+    def _change_rate(self) -> None:
+        self._generation += 1
+        if not self._streams:
+            return
+        self._rate = min(self._cap, self._total / len(self._streams))
+        delay_ps = max(0, ceil_ps((self._streams[0][0] - self._clock) / self._rate))
+        wake_up = self._env.timeout(delay_ps, self._generation)
+        wake_up.callbacks.append(self._finish)
+
+    def _finish(self, wake_up: Any) -> None:
+        if wake_up.value != self._generation:
+            return
+        self._advance()
+        # rounding leaves the clock a hair before the end that this wake-up was computed for
+        self._clock = max(self._clock, self._streams[0][0])
+        while self._streams and self._streams[0][0] <= self._clock:
+            heapq.heappop(self._streams)[2].succeed()
+        self._change_rate()

@@ -1,0 +1,205 @@
+"""Times that no schedule of a task table can beat on a machine, and which of them explains a makespan."""
+
+from __future__ import annotations
+
+from collections import deque
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.machine import Machine
+from flashmoe.sim.costs import PLANNED_KINDS, Costs, task_costs
+from flashmoe.tasks import TaskTable, segment_owner
+from flashmoe.trace import KINDS, Trace
+
+_SAFETY = 1.0 - 1e-9  # rounding of shared bandwidth to float64 may end a stream this much early
+
+
+def lower_bounds(table: TaskTable, machine: Machine, num_workers: int) -> dict[str, int]:
+    """Lower bounds of the makespan by name [ps], each valid for every queue, order and look-ahead.
+
+    hbm: distinct weight bytes of the busiest PE over its bandwidth (shared memory: all work of all PEs).
+    workers: work of the busiest PE over its workers.
+    longest_task: the longest pick alone on the machine.
+    critical_path: the longest chain of dependences with unlimited workers.
+    links: the busiest direction of a link (mesh) or of a port (switch).
+    """
+    costs = task_costs(table, machine)
+    return {
+        "hbm": _hbm_ps(table, machine, costs),
+        "workers": _workers_ps(table, costs, num_workers),
+        "longest_task": _longest_pick_ps(table, costs),
+        "critical_path": _critical_path_ps(table, machine, costs),
+        "links": _links_ps(table, machine),
+    }
+
+
+def distinct_weight_bytes(table: TaskTable) -> NDArray[np.float64]:
+    """(num_pes,) float64, weights that each PE must read at least once, however often its tasks stream them [bytes].
+
+    Tasks of one kind, expert and tile read the same weights.
+    """
+    tasks = table.tasks
+    _, index, tile = np.unique(tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True)
+    largest = np.zeros(len(index))
+    np.maximum.at(largest, tile.reshape(-1), tasks["weight_bytes"].astype(np.float64))
+    return np.bincount(tasks["pe"][index], weights=largest, minlength=table.num_pes)
+
+
+def _hbm_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
+    busiest = costs.stream_bytes.sum() if machine.shared_memory else distinct_weight_bytes(table).max(initial=0.0)
+    return int(busiest / machine.hbm_bytes_per_ns * 1000.0 * _SAFETY)
+
+
+def _workers_ps(table: TaskTable, costs: Costs, num_workers: int) -> int:
+    if costs.early:
+        # a worker that looks ahead streams for one pick while it runs another: each of the two alone fills its time
+        work_ps = [costs.stream_ps, costs.compute_ps + costs.after_ps]
+    else:
+        work_ps = [costs.least_ps]
+    sums = [np.bincount(table.tasks["pe"], weights=work, minlength=table.num_pes) for work in work_ps]
+    return int(max(total.max(initial=0.0) for total in sums) / num_workers * _SAFETY)
+
+
+def _longest_pick_ps(table: TaskTable, costs: Costs) -> int:
+    if len(table.tasks) == 0:
+        return 0
+    heads = np.flatnonzero(table.tasks["chain"])
+    return int(np.add.reduceat(costs.least_ps, heads).max() * _SAFETY)
+
+
+def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
+    """Earliest end of the last task. A signal inside a PE counts nothing: one worker may run both its ends."""
+    tasks = table.tasks
+    pe, kind = tasks["pe"].tolist(), tasks["kind"].tolist()
+    inside_chain = (tasks["chain"] == 0).tolist()
+    stream_ps, compute_ps, after_ps = costs.stream_ps.tolist(), costs.compute_ps.tolist(), costs.after_ps.tolist()
+    wait_ptr, wait_event = table.wait_ptr.tolist(), table.wait_event.tolist()
+    signal_ptr, signal_event = table.signal_ptr.tolist(), table.signal_event.tolist()
+    trip_ps = _trip_ps(table, machine).tolist()
+    wanted: list[int] = table.event_target.tolist()
+    planned = table.planned_event.tolist()
+    event_ps = [0.0] * len(wanted)  # earliest time at which an event is complete
+    waiters: list[list[int]] = [[] for _ in wanted]
+    missing = [0] * len(tasks)  # inputs, the plan and the task before in the chain, each until it is known
+    for row in range(len(tasks)):
+        needs = [event for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]] if wanted[event] > 0]
+        if kind[row] in PLANNED_KINDS and wanted[planned[pe[row]]] > 0:
+            needs.append(planned[pe[row]])
+        missing[row] = len(needs) + inside_chain[row]
+        for event in needs:
+            waiters[event].append(row)
+    end_ps = [0.0] * len(tasks)
+    known = deque(row for row, count in enumerate(missing) if count == 0)
+    while known:
+        row = known.popleft()
+        reached_ps = end_ps[row - 1] if inside_chain[row] else 0.0
+        plan_ps = event_ps[planned[pe[row]]] if kind[row] in PLANNED_KINDS else 0.0
+        inputs_ps = max((event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0)
+        start_ps = max(reached_ps, inputs_ps)
+        weights_from_ps = max(reached_ps, plan_ps) if costs.early else start_ps
+        end_ps[row] = max(start_ps + compute_ps[row], weights_from_ps + stream_ps[row]) + after_ps[row]
+        if row + 1 < len(tasks) and inside_chain[row + 1]:
+            missing[row + 1] -= 1
+            if missing[row + 1] == 0:
+                known.append(row + 1)
+        for i in range(signal_ptr[row], signal_ptr[row + 1]):
+            event = signal_event[i]
+            event_ps[event] = max(event_ps[event], end_ps[row] + trip_ps[i])
+            wanted[event] -= 1
+            if wanted[event] == 0:
+                for waiter in waiters[event]:
+                    missing[waiter] -= 1
+                    if missing[waiter] == 0:
+                        known.append(waiter)
+    return int(max(end_ps, default=0.0) * _SAFETY)
+
+
+def _trip_ps(table: TaskTable, machine: Machine) -> NDArray[np.float64]:
+    """(number of signals,) float64, least time from the end of a task to its signal being seen [ps]."""
+    remote = table.tasks["pe"][segment_owner(table.signal_ptr)] != table.event_pe[table.signal_event]
+    hops = 1 if machine.link_topology == "mesh" else 2
+    trip_ps: NDArray[np.float64] = machine.put_ps + hops * table.signal_bytes / machine.link_bytes_per_ns * 1000.0
+    return np.where(remote, trip_ps, 0.0)
+
+
+def _links_ps(table: TaskTable, machine: Machine) -> int:
+    source = table.tasks["pe"][segment_owner(table.signal_ptr)].astype(np.int64)
+    destination = table.event_pe[table.signal_event].astype(np.int64)
+    traffic = np.zeros((table.num_pes, table.num_pes))
+    np.add.at(traffic, (source, destination), table.signal_bytes)
+    np.fill_diagonal(traffic, 0.0)
+    if machine.link_topology == "mesh":
+        busiest = traffic.max(initial=0.0)
+    else:
+        busiest = max(traffic.sum(axis=0).max(initial=0.0), traffic.sum(axis=1).max(initial=0.0))
+    return int(busiest / machine.link_bytes_per_ns * 1000.0 * _SAFETY)
+
+
+def explain(trace: Trace) -> str:
+    """Why a simulated makespan is what it is: the bound that binds, and where the workers' time went.
+
+    Raises: ValueError for a trace that was not simulated (it has no bounds).
+    """
+    header, records = trace.header, trace.records
+    if "bounds_ps" not in header or "machine_parameters" not in header:
+        raise ValueError(f"no bounds in this trace of executor {header.get('executor')!r} (only simulated ones have them)")
+    bounds: dict[str, int] = header["bounds_ps"]
+    if len(records) == 0:
+        return "No tasks: nothing to do, nothing to explain."
+    name = max(bounds, key=lambda key: bounds[key])
+    makespan_ps = int(records["end_ps"].max())
+    sentences = [
+        f"The makespan is {makespan_ps / 1e6:.1f} us, {100 * header['headroom']:.1f} % above its largest bound, "
+        f"{bounds[name] / 1e6:.1f} us: {_BINDING[name]}."
+    ]
+    if name == "longest_task":
+        sentences.append(_longest_in_words(trace))
+    distinct = header["distinct_weight_bytes"]
+    if distinct and header["hbm_bytes"] > 1.05 * distinct:
+        sentences.append(
+            f"The tasks stream {header['hbm_bytes'] / 1e6:.1f} MB, {header['hbm_bytes'] / distinct:.1f} times the "
+            f"{distinct / 1e6:.1f} MB of distinct weights."
+        )
+    sentences.append(_time_in_words(trace, makespan_ps))
+    return " ".join(sentences)
+
+
+_BINDING = {
+    "hbm": "the distinct weights of the busiest PE at full memory bandwidth",
+    "workers": "the work of the busiest PE, spread evenly over its workers",
+    "longest_task": "the longest pick alone",
+    "critical_path": "the longest chain of tasks that wait for each other",
+    "links": "the bytes over the busiest link",
+}
+
+
+def _longest_in_words(trace: Trace) -> str:
+    header, records = trace.header, trace.records
+    kinds = np.array([kind in ("up", "down", "expert") for kind in KINDS])
+    on_experts = records[kinds[records["kind"]]]
+    if len(on_experts) == 0:
+        return "No worker had an expert."
+    busy = {(int(record["pe"]), int(record["worker"])) for record in on_experts[["pe", "worker"]]}
+    largest = on_experts[np.argmax(on_experts["hbm_bytes"])]
+    machine = header["machine_parameters"]
+    cap = machine["cu_bytes_per_ns"]
+    return (
+        f"Only {len(busy)} of {header['num_workers'] * header['ep_size']} workers ever had a part of an expert; the largest "
+        f"task, {KINDS[largest['kind']]}, streams {largest['hbm_bytes'] / 1e6:.2f} MB through one CU, which at its cap of "
+        f"{cap:g} GB/s takes {largest['hbm_bytes'] / cap / 1e3:.1f} us; the memory could give {machine['hbm_bytes_per_ns']:g} GB/s."
+    )
+
+
+def _time_in_words(trace: Trace, makespan_ps: int) -> str:
+    header, records = trace.header, trace.records
+    ends = [int(records["end_ps"][records["pe"] == pe].max(initial=0)) for pe in range(header["ep_size"])]
+    last = int(np.argmax(ends))
+    own = records[records["pe"] == last]
+    total = header["num_workers"] * makespan_ps
+    executing = float((own["end_ps"] - own["start_ps"]).sum()) / total
+    waiting = float((own["start_ps"] - own["ticket_ps"]).sum()) / total
+    rest = max(0.0, 1.0 - executing - waiting)
+    return (
+        f"On PE {last}, the last to end, the workers' time goes {100 * executing:.0f} % to executing tasks, {100 * waiting:.0f} % "
+        f"to holding tasks whose inputs are not there, {100 * rest:.0f} % to fetching tickets or having none."
+    )

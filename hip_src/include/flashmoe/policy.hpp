@@ -1,0 +1,149 @@
+// Policies: a queue discipline and an order. The order ranks the picks of a PE; model and kernel call this
+// code.
+#pragma once
+#include "flashmoe/task_graph.hpp"
+
+namespace flashmoe {
+
+enum class QueueKind : u32 {
+  push = 0,
+  ticket = 1,
+  domain = 2,
+  stride = 3,
+  replay = 4
+};  // "static" is a C++ keyword
+
+enum class Order : u32 {
+  phase = 0,         // all up, then all down, experts by id
+  expert = 1,        // depth first: an expert's up, then its down
+  local_first = 2,   // experts with the largest share of own tokens first
+  remote_first = 3,  // experts with the largest share of other PEs' tokens first: their results travel early
+  lpt = 4,           // depth first, the expert with the most tokens first
+  arrival = 5,       // experts as they are met, reading own tokens first, then those of the next PE, ...
+};
+
+constexpr u32 max_look_ahead = 15;
+
+struct Policy {
+  QueueKind queue;
+  Order order;
+  u32 look_ahead;  // picks that a worker may take while the first one waits for work of its own PE
+};
+
+//! Sort key of an active expert, lower first; ties go by expert id.
+FLASHMOE_FN u32 expert_key(const Plan& plan, const Shape& shape, Order order, u32 pe, u32 local) {
+  const u32 total = plan.expert_tokens(local);
+  u32 own = 0, first_met = none;
+  for (u32 i = plan.entry_offset[local]; i < plan.entry_offset[local + 1]; ++i) {
+    const Entry& entry = plan.entries[i];
+    own += entry.src == pe ? 1 : 0;
+    // up to 64 PEs of 2^16 tokens with 2^10 slots each
+    const u32 met = (((entry.src + shape.num_pes - pe) % shape.num_pes) << 26) |
+                    ((entry.token << 10 | entry.k) & 0x3ffffffu);
+    first_met = met < first_met ? met : first_met;
+  }
+  const u32 own_share = static_cast<u32>((u64{own} << 16) / total);
+  switch (order) {
+    case Order::phase:
+    case Order::expert:
+      return local;
+    case Order::local_first:
+      return (1u << 16) - own_share;
+    case Order::remote_first:
+      return own_share;
+    case Order::lpt:
+      return ~total;
+    case Order::arrival:
+      return first_met;
+  }
+  return local;
+}
+
+//! Sorts the active experts by the order; `key` is scratch [experts_per_pe].
+FLASHMOE_FN void build_sequence(Plan& plan, const Shape& shape, Order order, u32 pe, u32* key) {
+  const u32 n = plan.num_active();
+  for (u32 i = 0; i < n; ++i) {
+    const u32 local = plan.active[i];
+    const u32 own_key = expert_key(plan, shape, order, pe, local);
+    u32 place = i;  // insertion sort: stable, in place, and there are few experts on a PE
+    for (; place > 0 && key[place - 1] > own_key; --place) {
+      key[place] = key[place - 1];
+      plan.sequence[place] = plan.sequence[place - 1];
+    }
+    key[place] = own_key;
+    plan.sequence[place] = local;
+  }
+  plan.sequence_offset[0] = 0;
+  for (u32 i = 0; i < n; ++i) {
+    plan.sequence_offset[i + 1] = plan.sequence_offset[i] + plan.expert_blocks(plan.sequence[i]);
+  }
+}
+
+//! Rank -> id of a pick's first task, for one PE.
+struct PickOrder {
+  const TaskGraph& graph;
+  bool depth_first;
+
+  FLASHMOE_FN PickOrder(const TaskGraph& task_graph, Order order)
+      : graph(task_graph),
+        depth_first((order == Order::expert || order == Order::lpt) && !task_graph.by_rows()) {}
+
+  //! Picks of stage A: gate (unless routing is given), route, dispatch.
+  FLASHMOE_FN u32 num_early() const { return graph.first_up() - graph.first_task(); }
+  //! All picks; needs the plan.
+  FLASHMOE_FN u32 size() const {
+    return num_early() + graph.num_up() + num_down_picks() + graph.num_combine();
+  }
+
+  //! `rank` < size(); needs the plan from num_early() on.
+  FLASHMOE_FN u32 operator[](u32 rank) const {
+    if (rank < num_early()) return graph.first_task() + rank;
+    rank -= num_early();
+    const u32 num_up = graph.num_up(), num_down = num_down_picks();
+    if (rank >= num_up + num_down) return graph.first_combine() + (rank - num_up - num_down);
+    const u32 up = graph.up_per_block(), down = graph.down_per_block();
+    if (depth_first) {
+      const u32 place = place_of(rank / (up + down));
+      const u32 index = rank - graph.plan.sequence_offset[place] * (up + down);
+      const u32 num_expert_up = graph.plan.expert_blocks(graph.plan.sequence[place]) * up;
+      return index < num_expert_up ? tile_id(graph.first_up(), place, up, index)
+                                   : tile_id(graph.first_down(), place, down, index - num_expert_up);
+    }
+    if (rank < num_up) {
+      const u32 place = place_of(rank / up);
+      return tile_id(graph.first_up(), place, up, rank - graph.plan.sequence_offset[place] * up);
+    }
+    rank -= num_up;
+    if (graph.by_rows()) return row_pick(rank);
+    const u32 place = place_of(rank / down);
+    return tile_id(graph.first_down(), place, down, rank - graph.plan.sequence_offset[place] * down);
+  }
+
+ private:
+  FLASHMOE_FN u32 place_of(u32 block) const {
+    return bucket_of(graph.plan.sequence_offset, graph.plan.num_active(), block);
+  }
+  FLASHMOE_FN u32 tile_id(u32 first, u32 place, u32 per_block, u32 index) const {
+    return first + graph.plan.block_offset[graph.plan.sequence[place]] * per_block + index;
+  }
+  FLASHMOE_FN u32 num_active_groups() const {
+    u32 active = 0;
+    for (u32 group = 0; group < graph.tiling.groups(graph.shape); ++group) active += is_active(group) ? 1 : 0;
+    return active;
+  }
+  FLASHMOE_FN bool is_active(u32 group) const {
+    return graph.group_begin(group) < graph.group_begin(group + 1);
+  }
+  FLASHMOE_FN u32 num_down_picks() const {
+    return graph.by_rows() ? graph.tiling.down_tiles(graph.shape) * num_active_groups() : graph.num_down();
+  }
+  FLASHMOE_FN u32 row_pick(u32 rank) const {
+    const u32 active_groups = num_active_groups();
+    u32 skip = rank % active_groups;
+    u32 group = 0;
+    while (!is_active(group) || skip-- > 0) ++group;
+    return graph.first_down() + rank / active_groups * graph.plan.num_active() + graph.group_begin(group);
+  }
+};
+
+}  // namespace flashmoe

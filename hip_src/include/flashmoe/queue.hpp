@@ -1,0 +1,85 @@
+// Queues: how a worker comes by its next pick. All state is a few counters in the workspace.
+#pragma once
+#include "flashmoe/exchange.hpp"
+#include "flashmoe/layout.hpp"
+#include "flashmoe/platform.hpp"
+#include "flashmoe/policy.hpp"
+
+namespace flashmoe {
+
+//! Domains in use: each needs a worker of its own, or nobody would take its early picks while thieves wait
+//! for them.
+FLASHMOE_FN u32 domains_in_use(u32 num_domains, u32 num_workers) {
+  return num_domains < num_workers ? num_domains : num_workers;
+}
+FLASHMOE_FN u32 home_domain(u32 worker, u32 domains) { return worker % domains; }
+
+//! `ticket`, `domain` and `stride`: ranks of the policy's order. The number of picks may still be unknown
+//! (none).
+class RankSource {
+ public:
+  FLASHMOE_FN RankSource(QueueKind kind, char* heads, u32 worker, u32 num_workers, u32 num_domains)
+      : kind_(kind),
+        heads_(heads),
+        worker_(worker),
+        num_workers_(num_workers),
+        domains_(domains_in_use(num_domains, num_workers)),
+        domain_(home_domain(worker, domains_)) {}
+
+  //! The next rank for this worker, or none when all its sources are exhausted. While num_picks is unknown
+  //! the rank may turn out to be past the end: ask again then.
+  FLASHMOE_FN u32 next(u32 num_picks) {
+    switch (kind_) {
+      case QueueKind::ticket:
+        return within(take(0), num_picks);
+      case QueueKind::stride:
+        return within(worker_ + num_workers_ * turn_++, num_picks);
+      case QueueKind::domain:
+        for (; visited_ < domains_; ++visited_, domain_ = (domain_ + 1) % domains_) {
+          const u32 rank = domain_ + domains_ * take(domain_);
+          if (rank < num_picks) return rank;
+        }
+        return none;
+      case QueueKind::push:
+      case QueueKind::replay:
+        break;
+    }
+    return none;
+  }
+  FLASHMOE_FN bool is_away() const { return visited_ > 0; }
+
+ private:
+  // relaxed: a ticket orders nothing, the inputs of the task are acquired when they are waited for
+  FLASHMOE_FN u32 take(u32 domain) {
+    return fetch_add_relaxed<Scope::device>(reinterpret_cast<u32*>(heads_ + domain * line_bytes), 1u);
+  }
+  FLASHMOE_FN static u32 within(u32 rank, u32 num_picks) { return rank < num_picks ? rank : none; }
+
+  QueueKind kind_;
+  char* heads_;
+  u32 worker_, num_workers_, domains_, domain_;
+  u32 turn_ = 0;     // stride: picks taken so far
+  u32 visited_ = 0;  // domain: counters found exhausted
+};
+
+//! `push`: slots in memory; whoever makes a task ready publishes it, a worker waits for its ticket's slot.
+struct PushQueue {
+  u32* head;
+  u32* tail;
+  u64* slots;  // epoch and task id; a slot of another epoch is empty
+  u32 epoch;
+
+  FLASHMOE_FN void push(u32 task_id) const {
+    const u32 place = fetch_add_relaxed<Scope::device>(tail, 1u);
+    // release: who runs the task must see what made it ready; this worker acquired that with the last arrival
+    store_release<Scope::device>(slots + place, u64{epoch} << 32 | task_id);
+  }
+  FLASHMOE_FN u32 ticket() const { return fetch_add_relaxed<Scope::device>(head, 1u); }
+  //! The task in a slot, or none while it is empty.
+  FLASHMOE_FN u32 poll(u32 place) const {
+    const u64 slot = load_acquire<Scope::device>(slots + place);  // acquire: pairs with push
+    return epoch_of(slot) == epoch ? static_cast<u32>(slot) : none;
+  }
+};
+
+}  // namespace flashmoe
