@@ -72,10 +72,19 @@ ENTRY = '{ value = 1, unit = "GB/s", origin = "estimate", source = "x" }'
         ('base = "mi300x"\nhbm = 1', r"unknown machine parameter 'hbm' \(parameters: num_cus, .*base"),
         (f"hbm_bytes_per_ns = {ENTRY}", r"'mine' lacks num_cus, .*\(give them, or a base: h200, mi300x\)"),
         (f'base = "mi300x"\nput_ps = {ENTRY}', r"put_ps has unit 'GB/s' \(accepted: ps, ns, us\)"),
-        ('base = "mi300x"\nput_ps = 3', r"put_ps = 3 \(must be a table with value, unit, origin and source\)"),
-        (f'base = "mi300x"\nhbm_bytes_per_ns = {ENTRY.replace("estimate", "rumour")}', "origin 'rumour'.*measured, datasheet"),
+        (
+            'base = "mi300x"\nput_ps = 3',
+            r"put_ps = 3 \(must be a table with value, unit, origin and source\)",
+        ),
+        (
+            f'base = "mi300x"\nhbm_bytes_per_ns = {ENTRY.replace("estimate", "rumour")}',
+            "origin 'rumour'.*measured, datasheet",
+        ),
         (f'base = "mi300x"\nhbm_bytes_per_ns = {ENTRY.replace("1", "-1")}', "hbm_bytes_per_ns=-1 .*positive"),
-        (f'base = "mi300x"\nnum_cus = {ENTRY.replace("1", "2.5").replace("GB/s", "count")}', "num_cus=2.5 .*whole number"),
+        (
+            f'base = "mi300x"\nnum_cus = {ENTRY.replace("1", "2.5").replace("GB/s", "count")}',
+            "num_cus=2.5 .*whole number",
+        ),
         ('base = "mi300z"', r"unknown machine 'mi300z' \(presets: h200, mi300x"),
         ("= 3", "'mine' is not TOML"),
     ],
@@ -86,7 +95,9 @@ def test_bad_files_are_refused_by_name(tmp_path, text, message):
 
 
 def test_unknown_machines_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown machine 'mi999' \(presets: h200, mi300x; or 'host', or a .toml file\)"):
+    with pytest.raises(
+        ValueError, match=r"unknown machine 'mi999' \(presets: h200, mi300x; or 'host', or a .toml file\)"
+    ):
         Machine.load("mi999")
     with pytest.raises(ValueError, match="no machine file"):
         Machine.load(tmp_path / "absent.toml")

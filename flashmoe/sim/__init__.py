@@ -48,7 +48,9 @@ def simulate(
         raise ValueError(f"unknown engine {engine!r} (engines: {', '.join(ENGINES)})")
     machine = Machine.load(machine)
     if routing.ep_size > machine.num_pes_max:
-        raise ValueError(f"ep_size={routing.ep_size} (machine {machine.name!r} joins at most {machine.num_pes_max} PEs)")
+        raise ValueError(
+            f"ep_size={routing.ep_size} (machine {machine.name!r} joins at most {machine.num_pes_max} PEs)"
+        )
     num_workers = machine.num_cus if workers is None else workers
     if num_workers < 1:
         raise ValueError(f"workers={workers} (must be at least 1)")

@@ -8,7 +8,6 @@ from typing import Any
 
 import simpy
 
-
 ROUNDING_PS = 1e-3  # float64 noise: 25.0000000004 ps is 25 ps, not 26
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,14 +40,18 @@ def distinct_weight_bytes(table: TaskTable) -> NDArray[np.float64]:
     Tasks of one kind, expert and tile read the same weights.
     """
     tasks = table.tasks
-    _, index, tile = np.unique(tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True)
+    _, index, tile = np.unique(
+        tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True
+    )
     largest = np.zeros(len(index))
     np.maximum.at(largest, tile.reshape(-1), tasks["weight_bytes"].astype(np.float64))
-    return np.bincount(tasks["pe"][index], weights=largest, minlength=table.num_pes)
+    return np.bincount(tasks["pe"][index], weights=largest, minlength=table.num_pes).astype(np.float64)
 
 
 def _hbm_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
-    busiest = costs.stream_bytes.sum() if machine.shared_memory else distinct_weight_bytes(table).max(initial=0.0)
+    busiest = (
+        costs.stream_bytes.sum() if machine.shared_memory else distinct_weight_bytes(table).max(initial=0.0)
+    )
     return int(busiest / machine.hbm_bytes_per_ns * 1000.0 * _SAFETY)
 
 
@@ -72,7 +77,11 @@ def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
     tasks = table.tasks
     pe, kind = tasks["pe"].tolist(), tasks["kind"].tolist()
     inside_chain = (tasks["chain"] == 0).tolist()
-    stream_ps, compute_ps, after_ps = costs.stream_ps.tolist(), costs.compute_ps.tolist(), costs.after_ps.tolist()
+    stream_ps, compute_ps, after_ps = (
+        costs.stream_ps.tolist(),
+        costs.compute_ps.tolist(),
+        costs.after_ps.tolist(),
+    )
     wait_ptr, wait_event = table.wait_ptr.tolist(), table.wait_event.tolist()
     signal_ptr, signal_event = table.signal_ptr.tolist(), table.signal_event.tolist()
     trip_ps = _trip_ps(table, machine).tolist()
@@ -94,7 +103,9 @@ def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
         row = known.popleft()
         reached_ps = end_ps[row - 1] if inside_chain[row] else 0.0
         plan_ps = event_ps[planned[pe[row]]] if kind[row] in PLANNED_KINDS else 0.0
-        inputs_ps = max((event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0)
+        inputs_ps = max(
+            (event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0
+        )
         start_ps = max(reached_ps, inputs_ps)
         weights_from_ps = max(reached_ps, plan_ps) if costs.early else start_ps
         end_ps[row] = max(start_ps + compute_ps[row], weights_from_ps + stream_ps[row]) + after_ps[row]
@@ -118,7 +129,9 @@ def _trip_ps(table: TaskTable, machine: Machine) -> NDArray[np.float64]:
     """(number of signals,) float64, least time from the end of a task to its signal being seen [ps]."""
     remote = table.tasks["pe"][segment_owner(table.signal_ptr)] != table.event_pe[table.signal_event]
     hops = 1 if machine.link_topology == "mesh" else 2
-    trip_ps: NDArray[np.float64] = machine.put_ps + hops * table.signal_bytes / machine.link_bytes_per_ns * 1000.0
+    trip_ps: NDArray[np.float64] = (
+        machine.put_ps + hops * table.signal_bytes / machine.link_bytes_per_ns * 1000.0
+    )
     return np.where(remote, trip_ps, 0.0)
 
 
@@ -140,27 +153,28 @@ def explain(trace: Trace) -> str:
 
     Raises: ValueError for a trace that was not simulated (it has no bounds).
     """
-    header, records = trace.header, trace.records
-    if "bounds_ps" not in header or "machine_parameters" not in header:
-        raise ValueError(f"no bounds in this trace of executor {header.get('executor')!r} (only simulated ones have them)")
-    bounds: dict[str, int] = header["bounds_ps"]
-    if len(records) == 0:
+    header = trace.header
+    if "bounds_ps" not in header:
+        raise ValueError(
+            f"no bounds in a trace of executor {header.get('executor')!r} (only simulated ones have them)"
+        )
+    if len(trace.records) == 0:
         return "No tasks: nothing to do, nothing to explain."
-    name = max(bounds, key=lambda key: bounds[key])
-    makespan_ps = int(records["end_ps"].max())
+    bounds: dict[str, int] = header["bounds_ps"]
+    largest = max(bounds, key=lambda name: bounds[name])
     sentences = [
-        f"The makespan is {makespan_ps / 1e6:.1f} us, {100 * header['headroom']:.1f} % above its largest bound, "
-        f"{bounds[name] / 1e6:.1f} us: {_BINDING[name]}."
+        f"The makespan is {trace.makespan_us:.1f} us, {1 + header['headroom']:.2f} times its largest bound: "
+        f"{_BINDING[largest]}, {bounds[largest] / 1e6:.1f} us."
     ]
-    if name == "longest_task":
+    if bounds["longest_task"] > bounds["hbm"]:
         sentences.append(_longest_in_words(trace))
     distinct = header["distinct_weight_bytes"]
     if distinct and header["hbm_bytes"] > 1.05 * distinct:
         sentences.append(
-            f"The tasks stream {header['hbm_bytes'] / 1e6:.1f} MB, {header['hbm_bytes'] / distinct:.1f} times the "
-            f"{distinct / 1e6:.1f} MB of distinct weights."
+            f"The tasks stream {header['hbm_bytes'] / 1e6:.1f} MB, {header['hbm_bytes'] / distinct:.1f} times "
+            f"the {distinct / 1e6:.1f} MB of distinct weights."
         )
-    sentences.append(_time_in_words(trace, makespan_ps))
+    sentences.append(_time_in_words(trace))
     return " ".join(sentences)
 
 
@@ -174,32 +188,38 @@ _BINDING = {
 
 
 def _longest_in_words(trace: Trace) -> str:
-    header, records = trace.header, trace.records
-    kinds = np.array([kind in ("up", "down", "expert") for kind in KINDS])
-    on_experts = records[kinds[records["kind"]]]
-    if len(on_experts) == 0:
-        return "No worker had an expert."
-    busy = {(int(record["pe"]), int(record["worker"])) for record in on_experts[["pe", "worker"]]}
-    largest = on_experts[np.argmax(on_experts["hbm_bytes"])]
-    machine = header["machine_parameters"]
-    cap = machine["cu_bytes_per_ns"]
+    header = trace.header
+    of_an_expert = [KINDS.index(kind) for kind in ("up", "down", "expert")]
+    records = trace.records[np.isin(trace.records["kind"], of_an_expert)]
+    if len(records) == 0:
+        return "No worker ever had an expert."
+    num_busy = len(np.unique(records[["pe", "worker"]]))
+    longest = records[np.argmax(records["hbm_bytes"])]
+    num_bytes = int(longest["hbm_bytes"])
+    cap = header["machine_parameters"]["cu_bytes_per_ns"]
+    what = "a whole expert" if KINDS[longest["kind"]] == "expert" else f"a tile of {KINDS[longest['kind']]}"
     return (
-        f"Only {len(busy)} of {header['num_workers'] * header['ep_size']} workers ever had a part of an expert; the largest "
-        f"task, {KINDS[largest['kind']]}, streams {largest['hbm_bytes'] / 1e6:.2f} MB through one CU, which at its cap of "
-        f"{cap:g} GB/s takes {largest['hbm_bytes'] / cap / 1e3:.1f} us; the memory could give {machine['hbm_bytes_per_ns']:g} GB/s."
+        f"Only {num_busy} of {header['num_workers'] * header['ep_size']} workers ever had a part of an expert, "
+        f"and the longest pick alone needs {header['bounds_ps']['longest_task'] / 1e6:.1f} us against "
+        f"{header['bounds_ps']['hbm'] / 1e6:.1f} us that the memory needs for everything: {what} is "
+        f"{num_bytes / 1e6:.2f} MB, which one CU streams in {num_bytes / cap / 1e3:.1f} us at its cap of {cap:g} GB/s."
     )
 
 
-def _time_in_words(trace: Trace, makespan_ps: int) -> str:
-    header, records = trace.header, trace.records
-    ends = [int(records["end_ps"][records["pe"] == pe].max(initial=0)) for pe in range(header["ep_size"])]
-    last = int(np.argmax(ends))
-    own = records[records["pe"] == last]
-    total = header["num_workers"] * makespan_ps
-    executing = float((own["end_ps"] - own["start_ps"]).sum()) / total
-    waiting = float((own["start_ps"] - own["ticket_ps"]).sum()) / total
-    rest = max(0.0, 1.0 - executing - waiting)
+def _time_in_words(trace: Trace) -> str:
+    """Shares of the workers' time on the PE that ends last."""
+    header = trace.header
+    last = int(trace.records["pe"][np.argmax(trace.records["end_ps"])])
+    records = np.sort(trace.records[trace.records["pe"] == last], order=["worker", "start_ps", "end_ps"])
+    before_ps = np.concatenate([[0], records["end_ps"][:-1]])
+    before_ps[np.flatnonzero(np.diff(records["worker"], prepend=-1))] = 0  # the first task of each worker
+    taken_ps = np.clip(records["ticket_ps"], before_ps, records["start_ps"])
+    total = header["num_workers"] * int(records["end_ps"].max())
+    executing = (records["end_ps"] - records["start_ps"]).sum() / total
+    waiting = (records["start_ps"] - taken_ps).sum() / total
+    fetching = (taken_ps - before_ps).sum() / total
     return (
-        f"On PE {last}, the last to end, the workers' time goes {100 * executing:.0f} % to executing tasks, {100 * waiting:.0f} % "
-        f"to holding tasks whose inputs are not there, {100 * rest:.0f} % to fetching tickets or having none."
+        f"On PE {last}, the last to end, workers spend {executing:.0%} of their time executing tasks, "
+        f"{waiting:.0%} waiting for the inputs of one, {fetching:.0%} getting the next one, and have none left "
+        f"(or never had one) for {1 - executing - waiting - fetching:.0%}."
     )

@@ -84,11 +84,15 @@ class PushQueue(TicketQueue):
     slot appends the next group as soon as it is ready, strictly in sequence.
     """
 
-    def __init__(self, pe: Pe, order: Sequence[int], pushed_on_completion: Sequence[int], groups: list[list[int]]) -> None:
+    def __init__(
+        self, pe: Pe, order: Sequence[int], pushed_on_completion: Sequence[int], groups: list[list[int]]
+    ) -> None:
         super().__init__(pe, order)
         self._pe = pe
         self._head, self._tail = Counter(pe.env), Counter(pe.env)
-        self._slots: dict[int, tuple[int, int, Worker]] = {}  # pick, when other workers see it [ps], who appended it
+        self._slots: dict[
+            int, tuple[int, int, Worker]
+        ] = {}  # pick, when other workers see it [ps], who appended it
         self._waiting: dict[int, simpy.Event] = {}  # slot -> wake-up of its worker, in the order of waiting
         self._groups, self._next_group = groups, 0
         self._appending_group = False
@@ -97,7 +101,7 @@ class PushQueue(TicketQueue):
         self._unlocks: dict[int, list[int]] = {}  # event -> picks that wait for it
         self._signals: dict[int, int] = {}  # event -> signals made so far, seen or not
         for row in sorted(pushed_on_completion):
-            inputs = [event for event in pe.layer.inputs(row) if pe.layer.target[event] > 0]
+            inputs = [event for event in pe.layer.inputs[row] if pe.layer.target[event] > 0]
             self._missing[row] = len(inputs)
             for event in inputs:
                 self._unlocks.setdefault(event, []).append(row)
@@ -155,7 +159,7 @@ class PushQueue(TicketQueue):
         if self._next_group == 0:
             inputs = [self._pe.planned]  # a chain waits for each of its other inputs itself
         else:
-            inputs = self._pe.layer.inputs(self._groups[self._next_group][0])
+            inputs = self._pe.layer.inputs[self._groups[self._next_group][0]]
         sees = worker.sees if worker else self._pe.layer.has_landed
         return next((event for event in inputs if not sees(event)), None)
 
@@ -184,7 +188,9 @@ class PushQueue(TicketQueue):
             self._watch()
 
 
-def make_queue(pe: Pe, queue: str, order: Sequence[int], lists: Sequence[Sequence[int]] | None, by_rows: bool) -> TicketQueue:
+def make_queue(
+    pe: Pe, queue: str, order: Sequence[int], lists: Sequence[Sequence[int]] | None, by_rows: bool
+) -> TicketQueue:
     """The queue of one PE.
 
     order: rows of all picks by rank. lists: rows for each worker, `replay` only. by_rows: the tiling's `down`.
@@ -199,7 +205,9 @@ def make_queue(pe: Pe, queue: str, order: Sequence[int], lists: Sequence[Sequenc
     if queue == "replay":
         if lists is None or len(lists) != pe.num_workers:
             given = "none" if lists is None else str(len(lists))
-            raise ValueError(f"replay on PE {pe.index} has {given} lists (must be one for each of {pe.num_workers} workers)")
+            raise ValueError(
+                f"replay on PE {pe.index} has {given} lists (must be one for each of {pe.num_workers} workers)"
+            )
         return ListQueue(pe, lists)
     if queue == "push":
         planned_kinds = ("up", "expert", "down") if by_rows else ("up", "expert")

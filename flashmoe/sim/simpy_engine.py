@@ -13,7 +13,8 @@ A worker sees its own signals at once, and everybody else's when they land: sign
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ import simpy
 from numpy.typing import NDArray
 
 from flashmoe.machine import Machine
+from flashmoe.policy import Policy
 from flashmoe.sim.bandwidth import CappedSharing
 from flashmoe.sim.costs import PLANNED_KINDS, remote_bytes, task_costs
 from flashmoe.sim.queues import Steps, make_queue
 from flashmoe.sim.servers import Links
-from flashmoe.policy import Policy
 from flashmoe.tasks import TaskTable
 from flashmoe.trace import KINDS, TRACE_DTYPE
 
@@ -70,7 +71,7 @@ class Worker:
         if self.index == 0:
             yield from queue.launch(self)
         while more or self.held:
-            pick = next((pick for pick in self.held if self._is_ready(pick)), None)
+            pick = self._oldest_ready()
             if pick is not None:
                 self.held.remove(pick)
                 yield from self._run(pick)
@@ -103,6 +104,12 @@ class Worker:
             before.callbacks.append(lambda _: channel.start(num_bytes, done))
         pick.weights = self._last_weights = done
 
+    def _oldest_ready(self) -> Pick | None:
+        for pick in self.held:
+            if self._is_ready(pick):
+                return pick
+        return None
+
     def _may_take(self) -> bool:
         if not self.held:
             return True
@@ -125,7 +132,7 @@ class Worker:
     def _hold(self, row: int) -> Pick:
         """Take or reach a task: from now on its weights may stream, or from the plan on if it needs that."""
         layer = self.layer
-        pick = Pick(row, int(self.env.now), [event for event in layer.inputs(row) if not self.sees(event)])
+        pick = Pick(row, int(self.env.now), [event for event in layer.inputs[row] if not self.sees(event)])
         unplanned = layer.kind[row] in PLANNED_KINDS and not self.sees(self.pe.planned)
         if unplanned:
             pick.unseen.insert(0, self.pe.planned)  # until then an id of a later stage is only a number
@@ -152,7 +159,9 @@ class Worker:
         """The task itself: weights and arithmetic side by side, then the fixed part and the remote stores."""
         layer, env, row = self.layer, self.env, pick.row
         start_ps = int(env.now)
-        ready_ps = max((self._seen_ps(event) for event in layer.inputs(row)), default=0)
+        ready_ps = 0
+        for event in layer.inputs[row]:
+            ready_ps = max(ready_ps, self._seen_ps(event))
         if layer.stream_bytes[row] > 0:
             if pick.weights is None:
                 self.start_weights(pick)
@@ -168,12 +177,14 @@ class Worker:
     def _seen_ps(self, event: int) -> int:
         if self.layer.has_landed(event):
             return self.layer.landed_ps[event]
-        return max(self.layer.landed_ps[event], self._last_end_ps)  # complete by own signals, the last at that time
+        return max(
+            self.layer.landed_ps[event], self._last_end_ps
+        )  # complete by own signals, the last at that time
 
     def _signal(self, row: int) -> list[int]:
         """Send a finished task's signals; returns the events of this PE."""
         layer, local = self.layer, []
-        for event, num_bytes in layer.signals(row):
+        for event, num_bytes in layer.signals[row]:
             if layer.event_pe[event] == self.pe.index:
                 local.append(event)
                 self._on_their_way[event] = self._on_their_way.get(event, 0) + 1
@@ -192,7 +203,9 @@ class Worker:
 class Pe:
     """One GPU: its workers, its queue and its memory channel."""
 
-    def __init__(self, layer: Layer, index: int, num_workers: int, look_ahead: int, channel: CappedSharing) -> None:
+    def __init__(
+        self, layer: Layer, index: int, num_workers: int, look_ahead: int, channel: CappedSharing
+    ) -> None:
         machine = layer.machine
         self.layer, self.env, self.index, self.channel = layer, layer.env, index, channel
         self.num_workers = num_workers
@@ -254,11 +267,14 @@ class Layer:
         self.landed = [0] * len(self.target)
         self.landed_ps = [0] * len(self.target)  # the last signal that counted
         self._waiters: dict[int, list[simpy.Event]] = {}
-        self._wait_ptr, self._wait_event = table.wait_ptr.tolist(), table.wait_event.tolist()
-        self._signal_ptr, self._signal_event = table.signal_ptr.tolist(), table.signal_event.tolist()
-        self._signal_bytes = table.signal_bytes.tolist()
+        # of each row: the events that the task waits for; those it signals, with the bytes that travel along
+        self.inputs: list[list[int]] = _split(table.wait_event.tolist(), table.wait_ptr)
+        signals = list(zip(table.signal_event.tolist(), table.signal_bytes.tolist(), strict=True))
+        self.signals: list[list[tuple[int, int]]] = _split(signals, table.signal_ptr)
         self._links = Links(self.env, machine)
-        self._records: list[tuple[int, int, int, int, int, int]] = []  # row, worker, ready, ticket, start, end
+        self._records: list[
+            tuple[int, int, int, int, int, int]
+        ] = []  # row, worker, ready, ticket, start, end
         self._progress = progress
         self.pes: list[Pe] = []
         look_ahead = 0 if policy.queue == "push" else policy.look_ahead
@@ -267,7 +283,9 @@ class Layer:
             if index == 0 or not machine.shared_memory:
                 channel = CappedSharing(self.env, machine.hbm_bytes_per_ns, machine.cu_bytes_per_ns)
             self.pes.append(Pe(self, index, num_workers, look_ahead, channel))
-            self.pes[index].set_queue(policy.queue, picks[index], None if schedule is None else schedule[index])
+            self.pes[index].set_queue(
+                policy.queue, picks[index], None if schedule is None else schedule[index]
+            )
         self._pe_of_plan = {pe.planned: pe for pe in self.pes}
 
     def run(self) -> NDArray[np.void]:
@@ -279,15 +297,6 @@ class Layer:
         if len({record[0] for record in self._records}) < len(self.kind):
             raise DeadlockError(self._who_waits())
         return self._make_records()
-
-    def inputs(self, row: int) -> list[int]:
-        """Events that a task waits for."""
-        return self._wait_event[self._wait_ptr[row] : self._wait_ptr[row + 1]]  # type: ignore[no-any-return]
-
-    def signals(self, row: int) -> Generator[tuple[int, int], None, None]:
-        """Events that a task adds one to when done, with the bytes that travel along."""
-        for i in range(self._signal_ptr[row], self._signal_ptr[row + 1]):
-            yield self._signal_event[i], self._signal_bytes[i]
 
     def kind_name(self, row: int) -> str:
         """Kind of a task, as a word."""
@@ -319,7 +328,9 @@ class Layer:
             if not wake.triggered:
                 wake.succeed()
 
-    def record(self, row: int, worker: Worker, ready_ps: int, ticket_ps: int, start_ps: int, end_ps: int) -> None:
+    def record(
+        self, row: int, worker: Worker, ready_ps: int, ticket_ps: int, start_ps: int, end_ps: int
+    ) -> None:
         """Note a finished task."""
         self._records.append((row, worker.index, ready_ps, ticket_ps, start_ps, end_ps))
         if self._progress and len(self._records) % _PROGRESS_STEP == 0:
@@ -340,7 +351,9 @@ class Layer:
 
     def _who_waits(self) -> str:
         done = {record[0] for record in self._records}
-        waits = [self._wait_of(worker) for pe in self.pes for worker in pe.workers if worker.waits_for != "nothing"]
+        waits = [
+            self._wait_of(worker) for pe in self.pes for worker in pe.workers if worker.waits_for != "nothing"
+        ]
         missing = [row for row in range(len(self.kind)) if row not in done]
         lines = [f"deadlock at {int(self.env.now)} ps: {len(missing)} of {len(self.kind)} tasks have not run"]
         lines += waits[:_NAMED_WAITS]
@@ -362,6 +375,11 @@ class Layer:
                     f"{self.table.describe(pick.row)}, which waits for {self.table.describe_event(event)}: {counts}"
                 )
         return f"{who} holds {'; '.join(holds)}"
+
+
+def _split(edges: list[Any], ptr: NDArray[np.integer[Any]]) -> list[list[Any]]:
+    bounds = ptr.tolist()
+    return [edges[begin:end] for begin, end in pairwise(bounds)]
 
 
 def run_simpy(

@@ -219,7 +219,7 @@ PYBIND11_MODULE(_native, module) {
               std::tie(disturbance.dead_pe, disturbance.dead_worker, disturbance.dead_after) = *dead_worker;
             }
             py::gil_scoped_release release;
-            return self.layer.run(inputs, disturbance);
+            return self.layer.run(inputs, !topk_idx, disturbance);
           },
           py::arg("x"), py::arg("out"), py::arg("topk_idx"), py::arg("topk_weights"), py::arg("replay"),
           py::arg("digests"), py::kw_only(), py::arg("max_delay_us"), py::arg("seed"), py::arg("absent_pe"),

@@ -93,7 +93,7 @@ void CpuLayer::reset() {
   for (RawMemory& memory : heaps_) memory.zero();
 }
 
-void CpuLayer::begin(const std::vector<PeInput>& inputs) {
+void CpuLayer::begin(const std::vector<PeInput>& inputs, bool gate_inside) {
   inputs_ = inputs;
   pes_.clear();
   for (u32 pe = 0; pe < config_.shape.num_pes; ++pe) {
@@ -103,7 +103,7 @@ void CpuLayer::begin(const std::vector<PeInput>& inputs) {
                             input.replay_digest});
   }
   launch_.pes = pes_.data();
-  launch_.gate_inside = inputs_[0].topk_idx == nullptr ? 1 : 0;
+  launch_.gate_inside = gate_inside ? 1 : 0;
   for (TraceBuffer& trace : traces_) trace.size = trace.drops = 0;
   fault_ = FaultReport{};
   launch_.start_ns = clock_ns();
@@ -125,8 +125,8 @@ void CpuLayer::run_pe(u32 pe, const Disturbance& disturbance) {
   for (std::thread& thread : threads) thread.join();
 }
 
-bool CpuLayer::run(const std::vector<PeInput>& inputs, const Disturbance& disturbance) {
-  begin(inputs);
+bool CpuLayer::run(const std::vector<PeInput>& inputs, bool gate_inside, const Disturbance& disturbance) {
+  begin(inputs, gate_inside);
   std::vector<u32> epochs;
   for (u32 pe = 0; pe < config_.shape.num_pes; ++pe) epochs.push_back(epoch(pe));
   std::vector<std::thread> pes;

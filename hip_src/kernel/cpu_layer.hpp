@@ -34,7 +34,7 @@ struct PeInput {
   const void* x;
   void* out;
   u32 num_tokens;
-  const std::int32_t* topk_idx;
+  const std::int32_t* topk_idx;  // nullptr with the gate inside
   const float* topk_weights;
   std::vector<u32> replay_offset, replay_ids;
   u64 replay_digest = 0;
@@ -61,11 +61,11 @@ class CpuLayer {
   CpuLayer(const LayerConfig& config, const void* gate, const void* gate_up, const void* down);
 
   //! Prepares a launch; run_pe must then be called once for each PE, from different threads.
-  void begin(const std::vector<PeInput>& inputs);
+  void begin(const std::vector<PeInput>& inputs, bool gate_inside);
   //! All workers of one PE, from start to end.
   void run_pe(u32 pe, const Disturbance& disturbance);
   //! All PEs at once. Returns false when the launch failed; the workspace has then been reset.
-  bool run(const std::vector<PeInput>& inputs, const Disturbance& disturbance);
+  bool run(const std::vector<PeInput>& inputs, bool gate_inside, const Disturbance& disturbance);
 
   const FaultReport& fault() const { return fault_; }
   //! PEs that did not end their epoch in the last launch.

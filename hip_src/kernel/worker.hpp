@@ -114,9 +114,11 @@ class Worker {
         }
         continue;
       }
-      if (count == 0) return;
+      // Also a worker with nothing left to do stays until the plan is there: an epoch that ended without the
+      // dispatches of all PEs could run two ahead of a slow PE, into buffers that this one still reads.
+      if (count == 0 && has_plan(missing)) return;
       for (u32 i = 0; i < count; ++i) held[i].flags |= trace_waited;
-      keep_waiting(held[0].id, missing);
+      keep_waiting(count == 0 ? none : held[0].id, missing);
     }
   }
 

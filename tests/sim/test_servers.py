@@ -1,9 +1,9 @@
 """Ticket counters and links by hand."""
 
 import simpy
+from sim.tables import plain_machine
 
 from flashmoe.sim.servers import Counter, Links
-from sim.tables import plain_machine
 
 
 def test_tickets_are_served_one_at_a_time_in_order_of_arrival():

@@ -5,9 +5,10 @@ The plain machine has no latency at all, and a byte of weights takes 100 ps thro
 
 import numpy as np
 import pytest
+from sim.tables import HandPolicy, HandTable, plain_machine
 
 from flashmoe.sim.simpy_engine import DeadlockError, run_simpy
-from sim.tables import HandPolicy, HandTable, plain_machine
+
 
 def run(table, machine=None, workers=1, lists=None, **policy):
     return run_simpy(table, machine or plain_machine(), HandPolicy(**policy), workers, lists)
@@ -378,7 +379,9 @@ def test_a_task_replayed_twice_does_not_hang():
 
 
 def test_unknown_queues_and_wrong_lists_are_refused():
-    with pytest.raises(ValueError, match=r"unknown queue 'stack' \(queues: push, ticket, domain, static, rep"):
+    with pytest.raises(
+        ValueError, match=r"unknown queue 'stack' \(queues: push, ticket, domain, static, rep"
+    ):
         run(streams([10]), queue="stack")
     with pytest.raises(ValueError, match="replay on PE 0 has 1 lists"):
         run(streams([10]), workers=2, queue="replay", lists=[[[0]]])
