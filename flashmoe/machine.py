@@ -75,7 +75,7 @@ class Machine:
     down_overhead_ps: int = _parameter("ps", "fixed part of a down task")
     combine_overhead_ps: int = _parameter("ps", "fixed part of a combine task")
     expert_overhead_ps: int = _parameter("ps", "fixed part of an expert task")
-    # With shared memory one processor-sharing channel stands for the cores: a core that computes is a core used.
+    # With shared memory one processor-sharing channel stands for the cores: a core that computes is in use.
     shared_memory: bool = _parameter(
         "flag", "the threads of all PEs share the same cores and memory", default=False
     )
@@ -168,7 +168,7 @@ def _check(key: str, value: Any, unit: str) -> None:
 
 
 def _from_toml(text: str, default_name: str) -> Machine:
-    """Parse a machine file: `key = { value, unit, origin, source }` each, over `base = "preset"` if there is one."""
+    """Parse a machine file: `key = { value, unit, origin, source }` each, over `base = "preset"` if given."""
     try:
         entries = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -176,7 +176,8 @@ def _from_toml(text: str, default_name: str) -> Machine:
     units = parameter_units()
     if unknown := [key for key in entries if key not in units and key not in _NAMES]:
         raise ValueError(
-            f"unknown machine parameter {unknown[0]!r} (parameters: {', '.join(units)}; also {', '.join(_NAMES)})"
+            f"unknown machine parameter {unknown[0]!r} "
+            f"(parameters: {', '.join(units)}; also {', '.join(_NAMES)})"
         )
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
@@ -189,7 +190,8 @@ def _from_toml(text: str, default_name: str) -> Machine:
     optional = {"signal_load_factor", "shared_memory"}
     if missing := [key for key in units if key not in values and key not in optional]:
         raise ValueError(
-            f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
+            f"machine {values['name']!r} lacks {', '.join(missing)} "
+            f"(give them, or a base: {', '.join(preset_names())})"
         )
     return Machine(**values, origins=origins)
 

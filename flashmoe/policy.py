@@ -9,16 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe import _native
-from flashmoe.tasks import KINDS, ORDERS, TaskTable, Tiling
-
-if TYPE_CHECKING:
-    from flashmoe.trace import Trace
+from flashmoe.tasks import ORDERS, TaskTable, Tiling
+from flashmoe.trace import KINDS, Trace
 
 Queue = Literal["push", "ticket", "domain", "static", "replay"]
 QUEUES: tuple[str, ...] = get_args(Queue)
@@ -69,7 +67,9 @@ class Policy:
         if (self.queue == "replay") != (self.replay is not None):
             raise ValueError(f"queue={self.queue!r} with replay={'lists' if self.replay else None} (give both or none)")
         if self.rank is not None and self.queue in ("push", "replay"):
-            raise ValueError(f"queue={self.queue!r} keeps no order of its own (accepted with a rank: ticket, domain, static)")
+            raise ValueError(
+                f"queue={self.queue!r} keeps no order of its own (accepted with a rank: ticket, domain, static)"
+            )
 
     def with_tiling(self, tiling: Tiling | None) -> Policy:
         return self if tiling is None else replace(self, tiling=tiling)

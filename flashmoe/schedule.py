@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from flashmoe.policy import Policy
-from flashmoe.tasks import KINDS, TaskTable
+from flashmoe.tasks import TaskTable
+from flashmoe.trace import KINDS
 
 Schedule = list[list[list[int]]]  # [pe][worker][turn]: first tasks of picks
 
@@ -23,7 +24,11 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
     """
     if policy.replay is not None:
         if policy.replay_digests is not None and list(policy.replay_digests) != table.plan_digests:
-            wrong = [pe for pe, pair in enumerate(zip(policy.replay_digests, table.plan_digests, strict=False)) if pair[0] != pair[1]]
+            wrong = [
+                pe
+                for pe, pair in enumerate(zip(policy.replay_digests, table.plan_digests, strict=False))
+                if pair[0] != pair[1]
+            ]
             raise ScheduleError(
                 f"policy {policy.name!r} was made for another routing: tokens per expert differ on "
                 f"PE {', '.join(map(str, wrong)) or f'count {table.num_pes}'}"
@@ -43,7 +48,9 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
 
 def _ids(table: TaskTable, pe: int) -> range:
     start, end = int(table.first[pe]), int(table.first[pe + 1])
-    return range(int(table.tasks["task_id"][start]), int(table.tasks["task_id"][end - 1]) + 1) if end > start else range(0)
+    return (
+        range(int(table.tasks["task_id"][start]), int(table.tasks["task_id"][end - 1]) + 1) if end > start else range(0)
+    )
 
 
 def _heads(table: TaskTable, pe: int) -> list[int]:
@@ -51,7 +58,9 @@ def _heads(table: TaskTable, pe: int) -> list[int]:
     return mine["task_id"][mine["chain"] > 0].tolist()  # type: ignore[no-any-return]
 
 
-def check_schedule(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], num_workers: int, look_ahead: int = 0) -> None:
+def check_schedule(
+    table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], num_workers: int, look_ahead: int = 0
+) -> None:
     """Raises ScheduleError, with a counterexample, unless every pick is run exactly once and none waits for ever.
 
     A worker runs its list in order; past a pick that waits for its own PE it may take `look_ahead` more.
@@ -72,19 +81,23 @@ def _check_complete(table: TaskTable, pe: int, workers: Sequence[Sequence[int]])
     for worker, tasks in enumerate(workers):
         for turn, task in enumerate(tasks):
             if task not in wanted:
-                what = "inside a chain, taken with its first task" if task in ids else f"not a task of this PE ({ids.start}..{ids.stop - 1})"
+                what = (
+                    "inside a chain, taken with its first task"
+                    if task in ids
+                    else f"not a task of this PE ({ids.start}..{ids.stop - 1})"
+                )
                 raise ScheduleError(f"PE {pe} worker {worker} turn {turn}: task {task} is {what}")
             if task in seen:
                 raise ScheduleError(
-                    f"{table.describe(table.row(pe, task))}: listed twice, for worker {seen[task][0]} turn {seen[task][1]} "
-                    f"and worker {worker} turn {turn} (wanted once)"
+                    f"{table.describe(table.row(pe, task))}: listed twice, for worker {seen[task][0]} "
+                    f"turn {seen[task][1]} and worker {worker} turn {turn} (wanted once)"
                 )
             seen[task] = (worker, turn)
     missing = wanted - seen.keys()
     if missing:
         raise ScheduleError(
-            f"{table.describe(table.row(pe, min(missing)))}: in no worker's list ({len(missing)} of {len(wanted)} picks missing, "
-            f"seen {len(seen)})"
+            f"{table.describe(table.row(pe, min(missing)))}: in no worker's list "
+            f"({len(missing)} of {len(wanted)} picks missing)"
         )
 
 
@@ -149,7 +162,7 @@ def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]
             event = first_missing(hand[0])
             assert event is not None
             lines.append(
-                f"PE {pe} worker {worker} holds {table.describe(hand[0])}, which waits for {table.describe_event(event)}: "
-                f"seen {count[event]}, wanted {table.event_target[event]}"
+                f"PE {pe} worker {worker} holds {table.describe(hand[0])}, which waits for "
+                f"{table.describe_event(event)}: seen {count[event]}, wanted {table.event_target[event]}"
             )
         raise ScheduleError(f"deadlock: {len(stuck)} workers would wait for ever\n" + "\n".join(lines))

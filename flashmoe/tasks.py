@@ -102,7 +102,9 @@ class Tiling:
     def native(self) -> _native.Tiling:
         sizes = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return _native.Tiling(
-            granularity=("tile", "token").index(self.granularity), down=("tile", "rows").index(self.down), **sizes
+            granularity=("tile", "token").index(self.granularity),
+            down=("tile", "rows").index(self.down),
+            **sizes,
         )
 
 
@@ -201,11 +203,13 @@ class TaskTable:
 
 def segment_owner(ptr: NDArray[Any]) -> NDArray[np.int64]:
     """Row that each edge of a compressed edge list belongs to: [0, 2, 3] -> [0, 0, 1]."""
-    return np.repeat(np.arange(len(ptr) - 1), np.diff(ptr.astype(np.int64)))
+    begin = ptr.astype(np.int64)
+    counts: NDArray[np.int64] = begin[1:] - begin[:-1]
+    return np.repeat(np.arange(len(ptr) - 1), counts)
 
 
 def ready_times(table: TaskTable, end_ps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """When each task's last input was complete, given the end of every task; 0 without inputs. (num_tasks,) [ps]."""
+    """When each task's last input was complete, given the end of every task: (num_tasks,) [ps], 0 without."""
     event_ps = np.zeros(len(table.event_pe), np.int64)
     np.maximum.at(event_ps, table.signal_event, end_ps[segment_owner(table.signal_ptr)])
     ready_ps = np.zeros(len(table), np.int64)
@@ -214,9 +218,10 @@ def ready_times(table: TaskTable, end_ps: NDArray[np.int64]) -> NDArray[np.int64
 
 
 def critical_path(table: TaskTable, records: np.ndarray[Any, Any]) -> NDArray[np.int64]:
-    """What the last task to end had to wait for, and so on back to the start: indices into records, first to last.
+    """What the last task to end had to wait for, and so on back to the start.
 
-    A task was held up either by the last of its inputs or by the task before it on its worker: the later of both.
+    A task was held up by the last of its inputs or by the task before it on its worker: the later of both.
+    Returns: indices into records, first to last.
     """
     if len(records) == 0:
         return np.zeros(0, np.int64)

@@ -38,7 +38,7 @@ def test_a_ticket_alone_costs_its_published_latency():
 
 def test_overhead_by_kind():
     assert Machine.preset("mi300x").overhead_ps("route") == 1_500_000
-    with pytest.raises(ValueError, match="'idle'.*kinds: gate, route, dispatch, up, down, combine, expert"):
+    with pytest.raises(ValueError, match=r"'idle'.*kinds: gate, route, dispatch, up, down, combine, expert"):
         Machine.preset("mi300x").overhead_ps("idle")
 
 

@@ -106,7 +106,12 @@ class Layer:
         return self._native.epochs()
 
     def __call__(
-        self, x: Sequence[NDArray[Any]], *, routing: Routing | None = None, seed: int = 0, chaos: Chaos | None = None
+        self,
+        x: Sequence[NDArray[Any]],
+        *,
+        routing: Routing | None = None,
+        seed: int = 0,
+        chaos: Chaos | None = None,
     ) -> RunResult:
         """Launch once. Arguments and errors as in `flashmoe.run`; seed also draws the chaos."""
         tokens = self._tokens(x)
@@ -155,9 +160,7 @@ class Layer:
         """What the gate will choose: a schedule needs it before the launch, which checks it."""
         from flashmoe import reference
 
-        pairs = [
-            reference.route(reference.gate_logits(self.model, self.weights, rows), self.model) for rows in tokens
-        ]
+        pairs = [reference.route(reference.gate_logits(self.model, self.weights, rows), self.model) for rows in tokens]
         return Routing(
             topk_idx=tuple(idx for idx, _ in pairs),
             topk_weights=tuple(weights for _, weights in pairs),

@@ -6,7 +6,11 @@ from typing import Any
 
 from flashmoe.tasks import EVENT_KINDS
 
-_DEADLINE, _LANDED_MISMATCH, _REPLAY_MISMATCH = 1, 2, 3  # enum FaultKind in hip_src/include/flashmoe/fault.hpp
+_DEADLINE, _LANDED_MISMATCH, _REPLAY_MISMATCH = (
+    1,
+    2,
+    3,
+)  # enum FaultKind in hip_src/include/flashmoe/fault.hpp
 
 
 class LaunchError(RuntimeError):
@@ -37,9 +41,7 @@ def launch_error(fault: dict[str, Any], num_workers: int) -> LaunchError:
     elif fault["kind"] == _LANDED_MISMATCH:
         message = f"{who}: rows that landed from PE {fault['src']} do not match its announcement: {seen_wanted}"
     elif fault["kind"] == _REPLAY_MISMATCH:
-        message = (
-            f"{who}: the replayed schedule was made for another routing (digest of the tokens per expert: {seen_wanted})"
-        )
+        message = f"{who}: the replayed schedule was made for another routing (digest of its plan: {seen_wanted})"
     else:
         pes = ", ".join(f"PE {pe}" for pe in fault["unfinished_pes"])
         message = f"{pes} did not finish: a worker stopped, and nobody waited for its tasks; {tasks_run}"

@@ -40,7 +40,7 @@ def simulate(
 
     machine: a preset, "host", a TOML file or a Machine. policy: a name or a Policy; tiling overrides its own.
     workers: per PE; all CUs of the machine by default. gate: whether the router runs inside the kernel.
-    seed: kept in the header; the model has no randomness of its own yet. progress: called with (tasks done, all).
+    seed: kept in the header; the model has no randomness of its own. progress: called with (tasks done, all).
     Returns: a Trace whose header holds the lower bounds and the headroom above the largest of them.
     Raises: ValueError naming the bad argument and the accepted ones; DeadlockError naming who waits for what.
     """
@@ -72,6 +72,7 @@ def simulate(
         "num_domains": min(machine.num_domains, num_workers),
         "routing": routing.digest,
         "routing_name": routing.name,
+        "plan_digests": table.plan_digests,
         "policy": policy.name,
         "tiling": policy.tiling.to_dict(),
         "gate_inside": gate,

@@ -19,12 +19,12 @@ def ceil_ps(ps: float) -> int:
 class CappedSharing:
     """A channel of `total` bytes a ns; n streams get min(cap, total / n) each, at every moment.
 
-    As all streams always have the same rate, one virtual clock [bytes] says how far each of them is: a stream that
-    starts when the clock shows v ends when it shows v + its bytes. An arrival or a departure changes how fast the
-    clock runs and nothing else, so it costs O(log n) and no stream is ever looked at but the first to end.
-    A second engine gives the same bits if it does the same float64 operations in the same order: at every arrival
-    and departure `clock += rate * (now - last)`, then the rate, then ceil_ps((end of the first - clock) / rate).
-    The clock restarts at 0 whenever the channel falls idle.
+    As all streams always have the same rate, one virtual clock [bytes] says how far each of them is: a stream
+    that starts when the clock shows v ends when it shows v + its bytes. An arrival or a departure changes how
+    fast the clock runs and nothing else, so it costs O(log n), and only the first to end is ever looked at.
+    A second engine gives the same bits if it does the same float64 operations in the same order: at every
+    arrival and departure `clock += rate * (now - last)`, then the rate, then
+    ceil_ps((end of the first - clock) / rate). The clock restarts at 0 whenever the channel falls idle.
 
     Source: virtual time as in fair queueing, Demers, Keshav and Shenker 1989, SIGCOMM.
     """

@@ -35,7 +35,7 @@ def lower_bounds(table: TaskTable, machine: Machine, num_workers: int) -> dict[s
 
 
 def distinct_weight_bytes(table: TaskTable) -> NDArray[np.float64]:
-    """(num_pes,) float64, weights that each PE must read at least once, however often its tasks stream them [bytes].
+    """(num_pes,) float64, weights that each PE reads at least once, however often tasks stream them [bytes].
 
     Tasks of one kind, expert and tile read the same weights.
     """
@@ -56,11 +56,9 @@ def _hbm_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
 
 
 def _workers_ps(table: TaskTable, costs: Costs, num_workers: int) -> int:
-    if costs.early:
-        # a worker that looks ahead streams for one pick while it runs another: each of the two alone fills its time
-        work_ps = [costs.stream_ps, costs.compute_ps + costs.after_ps]
-    else:
-        work_ps = [costs.least_ps]
+    # a worker that looks ahead streams for one pick while it runs another: each alone fills its time
+    apart = [costs.stream_ps, costs.compute_ps + costs.after_ps]
+    work_ps = apart if costs.early else [costs.least_ps]
     sums = [np.bincount(table.tasks["pe"], weights=work, minlength=table.num_pes) for work in work_ps]
     return int(max(total.max(initial=0.0) for total in sums) / num_workers * _SAFETY)
 
@@ -73,7 +71,7 @@ def _longest_pick_ps(table: TaskTable, costs: Costs) -> int:
 
 
 def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
-    """Earliest end of the last task. A signal inside a PE counts nothing: one worker may run both its ends."""
+    """Earliest end of the last task. Signals inside a PE cost nothing: one worker may run both ends."""
     tasks = table.tasks
     pe, kind = tasks["pe"].tolist(), tasks["kind"].tolist()
     inside_chain = (tasks["chain"] == 0).tolist()
@@ -171,8 +169,8 @@ def explain(trace: Trace) -> str:
     distinct = header["distinct_weight_bytes"]
     if distinct and header["hbm_bytes"] > 1.05 * distinct:
         sentences.append(
-            f"The tasks stream {header['hbm_bytes'] / 1e6:.1f} MB, {header['hbm_bytes'] / distinct:.1f} times "
-            f"the {distinct / 1e6:.1f} MB of distinct weights."
+            f"The tasks stream {header['hbm_bytes'] / 1e6:.1f} MB, "
+            f"{header['hbm_bytes'] / distinct:.1f} times the {distinct / 1e6:.1f} MB of distinct weights."
         )
     sentences.append(_time_in_words(trace))
     return " ".join(sentences)
@@ -198,11 +196,13 @@ def _longest_in_words(trace: Trace) -> str:
     num_bytes = int(longest["hbm_bytes"])
     cap = header["machine_parameters"]["cu_bytes_per_ns"]
     what = "a whole expert" if KINDS[longest["kind"]] == "expert" else f"a tile of {KINDS[longest['kind']]}"
+    num_workers = header["num_workers"] * header["ep_size"]
+    longest_us, memory_us = (header["bounds_ps"][name] / 1e6 for name in ("longest_task", "hbm"))
     return (
-        f"Only {num_busy} of {header['num_workers'] * header['ep_size']} workers ever had a part of an expert, "
-        f"and the longest pick alone needs {header['bounds_ps']['longest_task'] / 1e6:.1f} us against "
-        f"{header['bounds_ps']['hbm'] / 1e6:.1f} us that the memory needs for everything: {what} is "
-        f"{num_bytes / 1e6:.2f} MB, which one CU streams in {num_bytes / cap / 1e3:.1f} us at its cap of {cap:g} GB/s."
+        f"Only {num_busy} of {num_workers} workers ever had a part of an expert, and the longest pick alone "
+        f"needs {longest_us:.1f} us against {memory_us:.1f} us that the memory needs for everything: "
+        f"{what} is {num_bytes / 1e6:.2f} MB, which one CU streams in {num_bytes / cap / 1e3:.1f} us "
+        f"at its cap of {cap:g} GB/s."
     )
 
 
@@ -220,6 +220,6 @@ def _time_in_words(trace: Trace) -> str:
     fetching = (taken_ps - before_ps).sum() / total
     return (
         f"On PE {last}, the last to end, workers spend {executing:.0%} of their time executing tasks, "
-        f"{waiting:.0%} waiting for the inputs of one, {fetching:.0%} getting the next one, and have none left "
-        f"(or never had one) for {1 - executing - waiting - fetching:.0%}."
+        f"{waiting:.0%} waiting for the inputs of one, {fetching:.0%} getting the next one, and have none "
+        f"left (or never had one) for {1 - executing - waiting - fetching:.0%}."
     )

