@@ -54,16 +54,12 @@ class Machine:
     cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
     prefetch: bool = _parameter("flag", "weights stream before a task's inputs are ready")
     ticket_ps: int = _parameter("ps", "ticket from a counter of the own domain, beyond its service")
-    ticket_far_ps: int = _parameter(
-        "ps", "ticket from a counter that several domains use, beyond its service"
-    )
+    ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
     ticket_service_ps: int = _parameter("ps", "serial part of a ticket, counter of the own domain")
     ticket_far_service_ps: int = _parameter("ps", "serial part of a ticket, counter that several domains use")
     signal_ps: int = _parameter("ps", "release to being seen by another CU of the PE, memory idle")
     # 1 by default: a machine whose signals don't care about memory traffic is the simpler one.
-    signal_load_factor: float = _parameter(
-        "ratio", "signal_ps is multiplied by this at full load", default=1.0
-    )
+    signal_load_factor: float = _parameter("ratio", "signal_ps is multiplied by this at full load", default=1.0)
     put_ps: int = _parameter("ps", "put with signal to another PE, one way, beyond its bytes")
     link_bytes_per_ns: float = _parameter("bytes/ns", "one direction of a link (mesh) or of a port (switch)")
     link_topology: str = _parameter("name", "mesh: a link for each pair; switch: one port a PE")
@@ -76,9 +72,7 @@ class Machine:
     combine_overhead_ps: int = _parameter("ps", "fixed part of a combine task")
     expert_overhead_ps: int = _parameter("ps", "fixed part of an expert task")
     # With shared memory one processor-sharing channel stands for the cores: a core that computes is in use.
-    shared_memory: bool = _parameter(
-        "flag", "the threads of all PEs share the same cores and memory", default=False
-    )
+    shared_memory: bool = _parameter("flag", "the threads of all PEs share the same cores and memory", default=False)
     origins: Mapping[str, Origin] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,9 +110,7 @@ class Machine:
         """Fixed part of a task of this kind [ps]."""
         value = getattr(self, f"{kind}_overhead_ps", None)
         if not isinstance(value, int):
-            kinds = [
-                key.removesuffix("_overhead_ps") for key in parameter_units() if key.endswith("_overhead_ps")
-            ]
+            kinds = [key.removesuffix("_overhead_ps") for key in parameter_units() if key.endswith("_overhead_ps")]
             raise ValueError(f"unknown task kind {kind!r} (kinds: {', '.join(kinds)})")
         return value
 
@@ -140,11 +132,7 @@ def parameter_meanings() -> dict[str, str]:
 def preset_names() -> tuple[str, ...]:
     """Machines that come with the package; "host" is measured, not a preset."""
     return tuple(
-        sorted(
-            item.name.removesuffix(".toml")
-            for item in _preset_folder().iterdir()
-            if item.name.endswith(".toml")
-        )
+        sorted(item.name.removesuffix(".toml") for item in _preset_folder().iterdir() if item.name.endswith(".toml"))
     )
 
 
@@ -176,8 +164,7 @@ def _from_toml(text: str, default_name: str) -> Machine:
     units = parameter_units()
     if unknown := [key for key in entries if key not in units and key not in _NAMES]:
         raise ValueError(
-            f"unknown machine parameter {unknown[0]!r} "
-            f"(parameters: {', '.join(units)}; also {', '.join(_NAMES)})"
+            f"unknown machine parameter {unknown[0]!r} (parameters: {', '.join(units)}; also {', '.join(_NAMES)})"
         )
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
@@ -190,8 +177,7 @@ def _from_toml(text: str, default_name: str) -> Machine:
     optional = {"signal_load_factor", "shared_memory"}
     if missing := [key for key in units if key not in values and key not in optional]:
         raise ValueError(
-            f"machine {values['name']!r} lacks {', '.join(missing)} "
-            f"(give them, or a base: {', '.join(preset_names())})"
+            f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
         )
     return Machine(**values, origins=origins)
 

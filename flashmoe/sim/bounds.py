@@ -40,18 +40,14 @@ def distinct_weight_bytes(table: TaskTable) -> NDArray[np.float64]:
     Tasks of one kind, expert and tile read the same weights.
     """
     tasks = table.tasks
-    _, index, tile = np.unique(
-        tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True
-    )
+    _, index, tile = np.unique(tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True)
     largest = np.zeros(len(index))
     np.maximum.at(largest, tile.reshape(-1), tasks["weight_bytes"].astype(np.float64))
     return np.bincount(tasks["pe"][index], weights=largest, minlength=table.num_pes).astype(np.float64)
 
 
 def _hbm_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
-    busiest = (
-        costs.stream_bytes.sum() if machine.shared_memory else distinct_weight_bytes(table).max(initial=0.0)
-    )
+    busiest = costs.stream_bytes.sum() if machine.shared_memory else distinct_weight_bytes(table).max(initial=0.0)
     return int(busiest / machine.hbm_bytes_per_ns * 1000.0 * _SAFETY)
 
 
@@ -101,9 +97,7 @@ def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
         row = known.popleft()
         reached_ps = end_ps[row - 1] if inside_chain[row] else 0.0
         plan_ps = event_ps[planned[pe[row]]] if kind[row] in PLANNED_KINDS else 0.0
-        inputs_ps = max(
-            (event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0
-        )
+        inputs_ps = max((event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0)
         start_ps = max(reached_ps, inputs_ps)
         weights_from_ps = max(reached_ps, plan_ps) if costs.early else start_ps
         end_ps[row] = max(start_ps + compute_ps[row], weights_from_ps + stream_ps[row]) + after_ps[row]
@@ -127,9 +121,7 @@ def _trip_ps(table: TaskTable, machine: Machine) -> NDArray[np.float64]:
     """(number of signals,) float64, least time from the end of a task to its signal being seen [ps]."""
     remote = table.tasks["pe"][segment_owner(table.signal_ptr)] != table.event_pe[table.signal_event]
     hops = 1 if machine.link_topology == "mesh" else 2
-    trip_ps: NDArray[np.float64] = (
-        machine.put_ps + hops * table.signal_bytes / machine.link_bytes_per_ns * 1000.0
-    )
+    trip_ps: NDArray[np.float64] = machine.put_ps + hops * table.signal_bytes / machine.link_bytes_per_ns * 1000.0
     return np.where(remote, trip_ps, 0.0)
 
 
@@ -153,9 +145,7 @@ def explain(trace: Trace) -> str:
     """
     header = trace.header
     if "bounds_ps" not in header:
-        raise ValueError(
-            f"no bounds in a trace of executor {header.get('executor')!r} (only simulated ones have them)"
-        )
+        raise ValueError(f"no bounds in a trace of executor {header.get('executor')!r} (only simulated ones have them)")
     if len(trace.records) == 0:
         return "No tasks: nothing to do, nothing to explain."
     bounds: dict[str, int] = header["bounds_ps"]

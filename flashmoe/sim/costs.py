@@ -55,8 +55,7 @@ def task_costs(table: TaskTable, machine: Machine) -> Costs:
         stream_ps=_ceil_ps(stream_bytes / machine.cu_bytes_per_ns),
         compute_ps=_ceil_ps(np.maximum(flop_ns, io_ns)),
         after_ps=overhead_ps[tasks["kind"]] + _ceil_ps(remote_bytes(table) / machine.store_bytes_per_ns),
-        early=machine.prefetch
-        and not machine.shared_memory,  # on a host only a running thread loads anything
+        early=machine.prefetch and not machine.shared_memory,  # on a host only a running thread loads anything
     )
 
 

@@ -91,9 +91,8 @@ class PushQueue(TicketQueue):
         super().__init__(pe, order)
         self._pe = pe
         self._head, self._tail = Counter(pe.env), Counter(pe.env)
-        self._slots: dict[
-            int, tuple[int, int, Worker]
-        ] = {}  # pick, when other workers see it [ps], who appended it
+        # slot -> its pick, when other workers see it [ps], who appended it
+        self._slots: dict[int, tuple[int, int, Worker]] = {}
         self._waiting: dict[int, simpy.Event] = {}  # slot -> wake-up of its worker, in the order of waiting
         self._groups, self._next_group = groups, 0
         self._appending_group = False
@@ -206,9 +205,7 @@ def make_queue(
     if queue == "replay":
         if lists is None or len(lists) != pe.num_workers:
             given = "none" if lists is None else str(len(lists))
-            raise ValueError(
-                f"replay on PE {pe.index} has {given} lists (must be one a worker, so {pe.num_workers})"
-            )
+            raise ValueError(f"replay on PE {pe.index} has {given} lists (must be one a worker, so {pe.num_workers})")
         return ListQueue(pe, lists)
     if queue == "push":
         planned_kinds = ("up", "expert", "down") if by_rows else ("up", "expert")

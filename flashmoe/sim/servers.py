@@ -57,9 +57,7 @@ class Links:
 
         self._serve(("egress", source, 0), service_ps, 0, enter)
 
-    def _serve(
-        self, server: tuple[str, int, int], service_ps: int, latency_ps: int, then: Callable[[], None]
-    ) -> None:
+    def _serve(self, server: tuple[str, int, int], service_ps: int, latency_ps: int, then: Callable[[], None]) -> None:
         now_ps = int(self._env.now)
         self._free_ps[server] = max(now_ps, self._free_ps.get(server, 0)) + service_ps
         event = self._env.timeout(self._free_ps[server] + latency_ps - now_ps)

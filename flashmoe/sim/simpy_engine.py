@@ -178,9 +178,7 @@ class Worker:
     def _seen_ps(self, event: int) -> int:
         if self.layer.has_landed(event):
             return self.layer.landed_ps[event]
-        return max(
-            self.layer.landed_ps[event], self._last_end_ps
-        )  # complete by own signals, the last at that time
+        return max(self.layer.landed_ps[event], self._last_end_ps)  # complete by own signals, the last at that time
 
     def _signal(self, row: int) -> list[int]:
         """Send a finished task's signals; returns the events of this PE."""
@@ -204,9 +202,7 @@ class Worker:
 class Pe:
     """One GPU: its workers, its queue and its memory channel."""
 
-    def __init__(
-        self, layer: Layer, index: int, num_workers: int, look_ahead: int, channel: CappedSharing
-    ) -> None:
+    def __init__(self, layer: Layer, index: int, num_workers: int, look_ahead: int, channel: CappedSharing) -> None:
         machine = layer.machine
         self.layer, self.env, self.index, self.channel = layer, layer.env, index, channel
         self.num_workers = num_workers
@@ -273,9 +269,7 @@ class Layer:
         signals = list(zip(table.signal_event.tolist(), table.signal_bytes.tolist(), strict=True))
         self.signals: list[list[tuple[int, int]]] = _split(signals, table.signal_ptr)
         self._links = Links(self.env, machine)
-        self._records: list[
-            tuple[int, int, int, int, int, int]
-        ] = []  # row, worker, ready, ticket, start, end
+        self._records: list[tuple[int, int, int, int, int, int]] = []  # row, worker, ready, ticket, start, end
         self._progress = progress
         self.pes: list[Pe] = []
         look_ahead = 0 if policy.queue == "push" else policy.look_ahead
@@ -284,9 +278,7 @@ class Layer:
             if index == 0 or not machine.shared_memory:
                 channel = CappedSharing(self.env, machine.hbm_bytes_per_ns, machine.cu_bytes_per_ns)
             self.pes.append(Pe(self, index, num_workers, look_ahead, channel))
-            self.pes[index].set_queue(
-                policy.queue, picks[index], None if schedule is None else schedule[index]
-            )
+            self.pes[index].set_queue(policy.queue, picks[index], None if schedule is None else schedule[index])
         self._pe_of_plan = {pe.planned: pe for pe in self.pes}
 
     def run(self) -> NDArray[np.void]:
@@ -329,9 +321,7 @@ class Layer:
             if not wake.triggered:
                 wake.succeed()
 
-    def record(
-        self, row: int, worker: Worker, ready_ps: int, ticket_ps: int, start_ps: int, end_ps: int
-    ) -> None:
+    def record(self, row: int, worker: Worker, ready_ps: int, ticket_ps: int, start_ps: int, end_ps: int) -> None:
         """Note a finished task."""
         self._records.append((row, worker.index, ready_ps, ticket_ps, start_ps, end_ps))
         if self._progress and len(self._records) % _PROGRESS_STEP == 0:
@@ -352,9 +342,7 @@ class Layer:
 
     def _who_waits(self) -> str:
         done = {record[0] for record in self._records}
-        waits = [
-            self._wait_of(worker) for pe in self.pes for worker in pe.workers if worker.waits_for != "nothing"
-        ]
+        waits = [self._wait_of(worker) for pe in self.pes for worker in pe.workers if worker.waits_for != "nothing"]
         missing = [row for row in range(len(self.kind)) if row not in done]
         lines = [f"deadlock at {int(self.env.now)} ps: {len(missing)} of {len(self.kind)} tasks have not run"]
         lines += waits[:_NAMED_WAITS]

@@ -45,10 +45,7 @@ class HandPolicy:
     def picks(self, table: HandTable) -> list[list[int]]:
         """By task id: the heads of the chains."""
         tasks = table.tasks
-        return [
-            tasks["task_id"][(tasks["pe"] == pe) & (tasks["chain"] > 0)].tolist()
-            for pe in range(table.num_pes)
-        ]
+        return [tasks["task_id"][(tasks["pe"] == pe) & (tasks["chain"] > 0)].tolist() for pe in range(table.num_pes)]
 
 
 class HandTable:

@@ -61,8 +61,7 @@ def test_fractions_of_a_picosecond_round_up_and_noise_does_not():
 def test_agrees_with_a_fluid_model_that_rescans_every_stream():
     rng = np.random.default_rng(7)
     arrivals = [
-        (int(at), float(size))
-        for at, size in zip(rng.integers(0, 10**6, 60), rng.integers(1, 9999, 60), strict=True)
+        (int(at), float(size)) for at, size in zip(rng.integers(0, 10**6, 60), rng.integers(1, 9999, 60), strict=True)
     ]
     total, cap = 50.0, 8.0
     left = {}
@@ -82,9 +81,7 @@ def test_agrees_with_a_fluid_model_that_rescans_every_stream():
         while coming and coming[0][0] <= now:
             index = coming.pop(0)[1]
             left[index] = arrivals[index][1]
-    assert (
-        np.abs(np.array(end_times_ps(total, cap, arrivals)) - expected).max() < 60
-    )  # a ps lost at each rounding
+    assert np.abs(np.array(end_times_ps(total, cap, arrivals)) - expected).max() < 60  # a ps lost at each rounding
 
 
 def test_load_is_the_share_of_bandwidth_in_use():

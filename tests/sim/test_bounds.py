@@ -17,9 +17,7 @@ def test_hbm_counts_distinct_weights_of_the_busiest_pe():
         for _ in range(3):
             table.task("up", pe=pe, weights=size, expert=pe, tile=0)  # three token blocks, the same weights
     assert distinct_weight_bytes(table).tolist() == [100, 400]
-    assert lower_bounds(table, plain_machine(), 1)["hbm"] == pytest.approx(
-        4_000, abs=1
-    )  # 400 bytes at 100 GB/s
+    assert lower_bounds(table, plain_machine(), 1)["hbm"] == pytest.approx(4_000, abs=1)  # 400 bytes at 100 GB/s
 
 
 def test_workers_and_longest_task_by_hand():
@@ -53,12 +51,8 @@ def test_links_of_a_switch_add_up_at_a_port():
     table = HandTable(num_pes=3)
     for pe in (0, 1):
         table.task("dispatch", pe=pe, signals=((table.plan(2), 100),))
-    assert lower_bounds(table, plain_machine(link_topology="mesh"), 1)["links"] == pytest.approx(
-        100_000, abs=1
-    )
-    assert lower_bounds(table, plain_machine(link_topology="switch"), 1)["links"] == pytest.approx(
-        200_000, abs=1
-    )
+    assert lower_bounds(table, plain_machine(link_topology="mesh"), 1)["links"] == pytest.approx(100_000, abs=1)
+    assert lower_bounds(table, plain_machine(link_topology="switch"), 1)["links"] == pytest.approx(200_000, abs=1)
 
 
 def test_shared_memory_bounds_all_work_of_all_pes():
@@ -95,16 +89,12 @@ def random_layer(seed: int, num_pes: int, down: str) -> HandTable:
             for _ in range(2):
                 table.task("gate", pe=pe, signals=(gated[block],), **sizes())
         for block in range(blocks[pe]):
-            table.task(
-                "route", pe=pe, waits=(gated[block],), signals=(routed[block], table.plan(pe)), **sizes()
-            )
+            table.task("route", pe=pe, waits=(gated[block],), signals=(routed[block], table.plan(pe)), **sizes())
         for block in range(blocks[pe]):
             for peer in range(num_pes):
                 if peer != pe:
                     put = (table.plan(peer), int(rng.integers(0, 200)))
-                    table.task(
-                        "dispatch", pe=pe, peer=peer, waits=(routed[block],), signals=(put,), **sizes()
-                    )
+                    table.task("dispatch", pe=pe, peer=peer, waits=(routed[block],), signals=(put,), **sizes())
         for expert in range(experts[pe]):
             for tile in range(int(rng.integers(1, 4))):
                 table.task(
@@ -148,9 +138,7 @@ def random_layer(seed: int, num_pes: int, down: str) -> HandTable:
     topology=st.sampled_from(["mesh", "switch"]),
     shared=st.booleans(),
 )
-def test_no_schedule_beats_its_bounds(
-    seed, num_pes, workers, queue, look_ahead, down, prefetch, topology, shared
-):
+def test_no_schedule_beats_its_bounds(seed, num_pes, workers, queue, look_ahead, down, prefetch, topology, shared):
     machine = plain_machine(
         num_domains=2,
         hbm_bytes_per_ns=25.0,
@@ -176,9 +164,7 @@ def test_no_schedule_beats_its_bounds(
     assert (records["ready_ps"] <= records["start_ps"]).all()
     assert (records["ticket_ps"] <= records["start_ps"]).all()
     assert (records["start_ps"] <= records["end_ps"]).all()
-    assert np.array_equal(
-        records, run_simpy(table, machine, policy, workers)
-    )  # the same table, the same trace
+    assert np.array_equal(records, run_simpy(table, machine, policy, workers))  # the same table, the same trace
     for pe in range(num_pes):
         for worker in range(workers):  # a worker does one thing at a time
             own = np.sort(records[(records["pe"] == pe) & (records["worker"] == worker)], order="start_ps")
@@ -195,15 +181,10 @@ def test_one_worker_runs_the_same_order_whatever_the_latencies(seed, num_pes, qu
     table = random_layer(seed, num_pes, "tile")
     orders = []
     for slow in (1, 50):
-        machine = plain_machine(
-            signal_ps=100 * slow, put_ps=300 * slow, ticket_service_ps=7 * slow, prefetch=slow == 1
-        )
+        machine = plain_machine(signal_ps=100 * slow, put_ps=300 * slow, ticket_service_ps=7 * slow, prefetch=slow == 1)
         records = run_simpy(table, machine, HandPolicy(queue=queue, look_ahead=2), 1)
         orders.append(
-            [
-                np.argsort(records["end_ps"][records["pe"] == pe], kind="stable").tolist()
-                for pe in range(num_pes)
-            ]
+            [np.argsort(records["end_ps"][records["pe"] == pe], kind="stable").tolist() for pe in range(num_pes)]
         )
     assert orders[0] == orders[1]
 
@@ -216,7 +197,6 @@ def test_twice_the_machine_takes_half_the_time():
     }
     table = random_layer(3, 3, "tile")
     makespans = [
-        run_simpy(table, Machine(**values), HandPolicy(queue="domain"), 4)["end_ps"].max()
-        for values in (slow, fast)
+        run_simpy(table, Machine(**values), HandPolicy(queue="domain"), 4)["end_ps"].max() for values in (slow, fast)
     ]
     assert makespans[0] == pytest.approx(2 * makespans[1], rel=1e-4)

@@ -379,9 +379,7 @@ def test_a_task_replayed_twice_does_not_hang():
 
 
 def test_unknown_queues_and_wrong_lists_are_refused():
-    with pytest.raises(
-        ValueError, match=r"unknown queue 'stack' \(queues: push, ticket, domain, static, rep"
-    ):
+    with pytest.raises(ValueError, match=r"unknown queue 'stack' \(queues: push, ticket, domain, static, rep"):
         run(streams([10]), queue="stack")
     with pytest.raises(ValueError, match="replay on PE 0 has 1 lists"):
         run(streams([10]), workers=2, queue="replay", lists=[[[0]]])

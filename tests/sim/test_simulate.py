@@ -71,9 +71,7 @@ def test_a_shared_counter_is_slow_across_domains_and_stealing_is_not():
 
 
 def test_the_header_survives_json_and_describes_the_run():
-    trace = simulate(
-        SMALL, routing=Routing.uniform(SMALL, 3, ep_size=2, seed=0), machine="h200", workers=3, seed=7
-    )
+    trace = simulate(SMALL, routing=Routing.uniform(SMALL, 3, ep_size=2, seed=0), machine="h200", workers=3, seed=7)
     header = json.loads(json.dumps(trace.header))
     expected = {
         "executor": "simpy",
