@@ -163,14 +163,11 @@ def _slices(trace: Trace, tracks: _Tracks, pid_base: int) -> list[str]:
             )
         if end > begin:
             events.append(
-                f'{{"ph":"X","name":"{kind}","cat":"task","ts":{_us(begin)},"dur":{_us(end - begin)},'
-                f"{place},{args}}}}}"
+                f'{{"ph":"X","name":"{kind}","cat":"task","ts":{_us(begin)},"dur":{_us(end - begin)},{place},{args}}}}}'
             )
         else:
             # of its process: on its thread, Perfetto would take it for the slice that an arrow binds to
-            events.append(
-                f'{{"ph":"i","s":"p","name":"{kind}","cat":"task","ts":{_us(begin)},{place},{args}}}}}'
-            )
+            events.append(f'{{"ph":"i","s":"p","name":"{kind}","cat":"task","ts":{_us(begin)},{place},{args}}}}}')
     return events
 
 
@@ -200,9 +197,7 @@ def _hbm_counter(trace: Trace, pid_base: int) -> list[str]:
     makespan_ns = -(-trace.makespan_ps // 1000)
     if not trace.records["hbm_bytes"].any():
         return []
-    edges_ns: NDArray[np.int64] = np.unique(
-        np.linspace(0, makespan_ns, NUM_COUNTER_STEPS + 1).astype(np.int64)
-    )
+    edges_ns: NDArray[np.int64] = np.unique(np.linspace(0, makespan_ns, NUM_COUNTER_STEPS + 1).astype(np.int64))
     bytes_per_ns = trace.spread(trace.records["hbm_bytes"], edges_ns * 1000) / np.diff(edges_ns)
     events = []
     for pe in range(trace.num_pes):

@@ -93,8 +93,7 @@ class Comparison:
             [f"left:  {self.left_name}", f"right: {self.right_name}"],
             [f"warning: {warning}" for warning in self.warnings],
             [self._matched_in_words()],
-            ["Time per task, mean by kind (errors of left against right):", *_columns(errors)]
-            * bool(self.by_kind),
+            ["Time per task, mean by kind (errors of left against right):", *_columns(errors)] * bool(self.by_kind),
             ["Where a task's time goes, mean in us:", *_columns(split, num_names=2)] * bool(self.components),
             [self._makespan_in_words()],
         ]
@@ -106,9 +105,7 @@ class Comparison:
             if len(tasks):
                 named = "; ".join(_task_in_words(task) for task in tasks[:NUM_UNMATCHED_NAMED])
                 more = len(tasks) - NUM_UNMATCHED_NAMED
-                lines.append(
-                    f"Only on the {side}, {len(tasks)}: {named}{f'; and {more} more' if more > 0 else ''}."
-                )
+                lines.append(f"Only on the {side}, {len(tasks)}: {named}{f'; and {more} more' if more > 0 else ''}.")
         return "\n".join(lines)
 
     def _makespan_in_words(self) -> str:
@@ -123,9 +120,7 @@ class Comparison:
             word = "longer" if self.makespan_gap_us > 0 else "shorter"
             sentence += f": left is {abs(self.makespan_gap_us):.2f} us ({abs(gap_pct):.1f} %) {word}."
         if self.start_order_correlation is not None:
-            sentence += (
-                f"\nOrder of starts: rank correlation {self.start_order_correlation:.3f} (1: the same order)."
-            )
+            sentence += f"\nOrder of starts: rank correlation {self.start_order_correlation:.3f} (1: the same order)."
         return sentence
 
 
@@ -152,9 +147,7 @@ def compare(left: Trace, right: Trace) -> Comparison:
             by_kind[kind], num_without_time = _errors(_execute_us(a[rows]), _execute_us(b[rows]))
             components[kind] = {"left": _components(a[rows]), "right": _components(b[rows])}
             if num_without_time:
-                warnings.append(
-                    f"{num_without_time} {kind} tasks took no time on the right; left out of its MAPE"
-                )
+                warnings.append(f"{num_without_time} {kind} tasks took no time on the right; left out of its MAPE")
     return Comparison(
         left_name=left.describe(),
         right_name=right.describe(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +71,11 @@ class Machine:
     down_overhead_ps: int = _parameter("ps", "fixed part of a down task")
     combine_overhead_ps: int = _parameter("ps", "fixed part of a combine task")
     expert_overhead_ps: int = _parameter("ps", "fixed part of an expert task")
-    # With shared memory one processor-sharing channel stands for the cores: a core that computes is in use.
-    shared_memory: bool = _parameter("flag", "the threads of all PEs share the same cores and memory", default=False)
+    # What follows is nothing on a GPU as modelled so far; a host of threads has all of it.
+    gap_ps: int = _parameter("ps", "a worker's bookkeeping between two tasks", default=0)
+    launch_step_ps: int = _parameter("ps", "a PE's worker starts this much after the one before", default=0)
+    num_cores: int = _parameter("count", "cores that the workers of all PEs share; 0: each is a CU", default=0)
+    slice_ps: int = _parameter("ps", "a worker keeps its core this long while others wait for one", default=0)
     origins: Mapping[str, Origin] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -146,7 +149,7 @@ def _check(key: str, value: Any, unit: str) -> None:
     elif unit == "name":
         good, accepted = value in _TOPOLOGIES, " or ".join(_TOPOLOGIES)
     elif unit in ("ps", "count"):
-        least = 0 if unit == "ps" else 1
+        least = 0 if unit == "ps" or key == "num_cores" else 1
         good, accepted = type(value) is int and value >= least, f"a whole number, at least {least} [{unit}]"
     else:
         good = type(value) in (int, float) and 0 < value < float("inf")
@@ -174,8 +177,9 @@ def _from_toml(text: str, default_name: str) -> Machine:
     values["name"] = entries.get("name", default_name)
     for key in units.keys() & entries.keys():
         values[key], origins[key] = _read_entry(key, entries[key], units[key])
-    optional = {"signal_load_factor", "shared_memory"}
-    if missing := [key for key in units if key not in values and key not in optional]:
+    if missing := [
+        item.name for item in fields(Machine) if item.default is MISSING and item.name in units.keys() - values.keys()
+    ]:
         raise ValueError(
             f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
         )

@@ -121,9 +121,7 @@ class MoEModel:
         """
         if ep_size < 1 or self.num_experts % ep_size:
             divisors = [str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
-            raise ValueError(
-                f"ep_size={ep_size} (must divide num_experts={self.num_experts}: {', '.join(divisors)})"
-            )
+            raise ValueError(f"ep_size={ep_size} (must divide num_experts={self.num_experts}: {', '.join(divisors)})")
         return self.num_experts // ep_size
 
     def to_dict(self) -> dict[str, Any]:

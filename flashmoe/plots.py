@@ -112,9 +112,7 @@ def plot_utilisation(trace: Trace, ax: Axes) -> Axes:
     return ax
 
 
-def plot_hbm(
-    trace: Trace, ax: Axes, *, per_pe: bool = False, ceiling_bytes_per_ns: float | None = None
-) -> Axes:
+def plot_hbm(trace: Trace, ax: Axes, *, per_pe: bool = False, ceiling_bytes_per_ns: float | None = None) -> Axes:
     """Draw HBM traffic over time, all PEs together or a line for each.
 
     A task's bytes are spread evenly over its execution; those that it fetched while it waited count there,
@@ -257,9 +255,7 @@ class _Rows:
             order = np.argsort(domains[pe], kind="stable")
             of_worker[pe, order] = pe * num_workers + np.arange(num_workers)
             values, firsts = np.unique(domains[pe, order], return_index=True)
-            domain_starts += [
-                (pe * num_workers + int(f), int(d)) for f, d in zip(firsts, values, strict=True)
-            ]
+            domain_starts += [(pe * num_workers + int(f), int(d)) for f, d in zip(firsts, values, strict=True)]
         num_rows = num_pes * num_workers
         return cls(
             num_rows=num_rows,
@@ -336,15 +332,11 @@ def _label_rows(ax: Axes, parts: list[tuple[Trace, _Rows]]) -> None:
         ends = [start for start, _ in rows.domain_starts[1:]] + [rows.num_rows]
         for (start, domain), end in zip(rows.domain_starts, ends, strict=True):
             domains += [(rows.y((start + end) / 2), f"XCD {domain}")] * several
-    minor = (
-        workers if len(workers) <= MAX_WORKER_LABELS else domains if len(domains) <= MAX_DOMAIN_LABELS else []
-    )
+    minor = workers if len(workers) <= MAX_WORKER_LABELS else domains if len(domains) <= MAX_DOMAIN_LABELS else []
     ax.set_yticks([y for y, _ in major], [label for _, label in major])
     ax.set_yticks([y for y, _ in minor], [label for _, label in minor], minor=True)
     longest = max((len(label) for _, label in minor), default=0)
-    ax.tick_params(
-        axis="y", which="major", length=0, pad=6 + 4 * longest
-    )  # beside the minor labels, not on them
+    ax.tick_params(axis="y", which="major", length=0, pad=6 + 4 * longest)  # beside the minor labels, not on them
     ax.tick_params(axis="y", which="minor", length=0, labelsize=7, labelcolor="#555555")
 
 

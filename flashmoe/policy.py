@@ -165,9 +165,9 @@ _BUILT_IN: Mapping[str, Policy] = {
         Policy(name="ticket", queue="ticket", look_ahead=1),
         Policy(name="domain_steal", queue="domain", look_ahead=1),
         Policy(name="static_phase", queue="static", look_ahead=1),
-        Policy(name="expert_lpt", queue="ticket", order="lpt", look_ahead=4),  # depth first: down soon follows up
-        Policy(name="local_first", queue="ticket", order="local_first", look_ahead=1),
-        Policy(name="remote_first", queue="ticket", order="remote_first", look_ahead=1),
+        Policy(name="expert_lpt", queue="domain", order="lpt", look_ahead=4),  # depth first: down soon follows up
+        Policy(name="local_first", queue="domain", order="local_first", look_ahead=1),
+        Policy(name="remote_first", queue="domain", order="remote_first", look_ahead=1),
     )
 }
 _in_python: dict[str, Policy] = {}

@@ -51,9 +51,7 @@ class Routing:
     # ---- synthetic families
 
     @classmethod
-    def uniform(
-        cls, model: MoEModel, num_tokens: int | Sequence[int], ep_size: int, seed: int = 0
-    ) -> Routing:
+    def uniform(cls, model: MoEModel, num_tokens: int | Sequence[int], ep_size: int, seed: int = 0) -> Routing:
         """Every expert is as likely as any other.
 
         num_tokens: per PE, one number for all or ep_size numbers; the same for every family.
@@ -103,9 +101,7 @@ class Routing:
     ) -> Routing:
         """All tokens choose among the same num_hot experts, which are drawn from the seed."""
         if not model.top_k <= num_hot <= model.num_experts:
-            raise ValueError(
-                f"num_hot={num_hot} (must be in top_k={model.top_k}..num_experts={model.num_experts})"
-            )
+            raise ValueError(f"num_hot={num_hot} (must be in top_k={model.top_k}..num_experts={model.num_experts})")
         popularity = np.zeros(model.num_experts)
         popularity[_family_rng(seed).permutation(model.num_experts)[:num_hot]] = 1.0
         return cls._drawn(model, num_tokens, ep_size, seed, popularity, f"hot:{num_hot}")
@@ -301,8 +297,7 @@ def _checked_idx(array: ArrayLike, pe: int, num_experts: int) -> NDArray[np.int3
     wrong = given[(given < -1) | (given >= num_experts)]
     if wrong.size:
         raise ValueError(
-            f"topk_idx of PE {pe} has expert {wrong[0]} "
-            f"(must be in 0..{num_experts - 1}, or -1 for a dropped slot)"
+            f"topk_idx of PE {pe} has expert {wrong[0]} (must be in 0..{num_experts - 1}, or -1 for a dropped slot)"
         )
     in_order = np.sort(given, axis=1)
     twice = np.argwhere((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0))
@@ -332,9 +327,7 @@ def _counts(model: MoEModel, num_tokens: int | Sequence[int], ep_size: int) -> t
     if counts.ndim == 0:
         counts = np.full(ep_size, counts)
     if counts.shape != (ep_size,) or counts.dtype.kind not in "iu" or counts.min() < 0:
-        raise ValueError(
-            f"num_tokens={num_tokens!r} (must be an integer of at least 0, or ep_size={ep_size} of them)"
-        )
+        raise ValueError(f"num_tokens={num_tokens!r} (must be an integer of at least 0, or ep_size={ep_size} of them)")
     return tuple(int(count) for count in counts)
 
 

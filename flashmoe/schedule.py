@@ -8,7 +8,6 @@ import numpy as np
 
 from flashmoe.policy import Policy
 from flashmoe.tasks import TaskTable
-from flashmoe.trace import KINDS
 
 Schedule = list[list[list[int]]]  # [pe][worker][turn]: first tasks of picks
 
@@ -33,6 +32,8 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
                 f"policy {policy.name!r} was made for another routing: tokens per expert differ on "
                 f"PE {', '.join(map(str, wrong)) or f'count {table.num_pes}'}"
             )
+        if len(policy.replay) != table.num_pes:
+            raise ScheduleError(f"schedule for {len(policy.replay)} PEs (the layer has {table.num_pes})")
         heads = [set(_heads(table, pe)) for pe in range(table.num_pes)]
         known = [_ids(table, pe) for pe in range(table.num_pes)]
         # a trace lists every task of a chain, a worker takes the chain by its first
@@ -42,7 +43,7 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
         ]
     else:
         schedule = [[ids[w::num_workers].tolist() for w in range(num_workers)] for ids in policy.picks(table)]
-    check_schedule(table, schedule, num_workers, policy.look_ahead)
+    check_schedule(table, schedule, num_workers)
     return schedule
 
 
@@ -58,12 +59,10 @@ def _heads(table: TaskTable, pe: int) -> list[int]:
     return mine["task_id"][mine["chain"] > 0].tolist()  # type: ignore[no-any-return]
 
 
-def check_schedule(
-    table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], num_workers: int, look_ahead: int = 0
-) -> None:
+def check_schedule(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], num_workers: int) -> None:
     """Raises ScheduleError, with a counterexample, unless every pick is run exactly once and none waits for ever.
 
-    A worker runs its list in order; past a pick that waits for its own PE it may take `look_ahead` more.
+    Workers are taken to run their lists strictly in order; looking ahead can only help.
     """
     if len(schedule) != table.num_pes:
         raise ScheduleError(f"schedule for {len(schedule)} PEs (the layer has {table.num_pes})")
@@ -71,7 +70,7 @@ def check_schedule(
         if len(workers) != num_workers:
             raise ScheduleError(f"PE {pe}: lists for {len(workers)} workers (there are {num_workers})")
         _check_complete(table, pe, workers)
-    _check_progress(table, schedule, look_ahead)
+    _check_progress(table, schedule)
 
 
 def _check_complete(table: TaskTable, pe: int, workers: Sequence[Sequence[int]]) -> None:
@@ -101,12 +100,15 @@ def _check_complete(table: TaskTable, pe: int, workers: Sequence[Sequence[int]])
         )
 
 
-def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], look_ahead: int) -> None:
-    """Plays the schedule without time: any order of ready picks gets equally far, since running one never unreadies
-    another."""
-    own_pe_kinds = {KINDS.index(kind) for kind in ("route", "dispatch", "down")}
+def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Plays the schedule without time: every worker as far as it gets, woken by the events that it waits for."""
     count = np.zeros(len(table.event_target), np.int64)
-    sleepers: dict[int, list[tuple[int, int]]] = {}  # event -> workers that looked at it in vain
+    sleepers: dict[int, list[tuple[int, int]]] = {}  # event -> workers that wait for it
+    rows = {
+        (pe, worker): iter([row for task in tasks for row in _chain(table, table.row(pe, task))])
+        for pe, workers in enumerate(schedule)
+        for worker, tasks in enumerate(workers)
+    }
 
     def first_missing(row: int) -> int | None:
         for event in table.wait_event[int(table.wait_ptr[row]) : int(table.wait_ptr[row + 1])]:
@@ -114,55 +116,31 @@ def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]
                 return int(event)
         return None
 
-    def run_chain(row: int, end: int) -> tuple[int, int | None]:
-        """Runs rows up to `end`; the row that it got to, and the event that stops it there."""
-        while row < end:
-            event = first_missing(row)
-            if event is not None:
-                return row, event
+    held = {who: next(todo, None) for who, todo in rows.items()}
+    awake = list(rows)
+    while awake:
+        who = awake.pop()
+        while (row := held[who]) is not None:
+            if (event := first_missing(row)) is not None:
+                sleepers.setdefault(event, []).append(who)
+                break
             for signal in table.signal_event[int(table.signal_ptr[row]) : int(table.signal_ptr[row + 1])]:
                 count[signal] += 1
                 if count[signal] == table.event_target[signal]:
                     awake.extend(sleepers.pop(int(signal), []))
-            row += 1
-        return row, None
-
-    held: dict[tuple[int, int], list[int]] = {}  # rows that a worker has in hand, oldest first
-    chain_end: dict[tuple[int, int], int] = {}  # of the chain that a worker is in: it can do nothing else
-    turn = {(pe, w): 0 for pe, workers in enumerate(schedule) for w in range(len(workers))}
-    awake = list(turn)
-    while awake:
-        who = awake.pop()
-        pe, worker = who
-        hand, tasks = held.setdefault(who, []), schedule[pe][worker]
-        while True:
-            blocked = [first_missing(row) for row in (hand[:1] if who in chain_end else hand)]
-            ready = next((i for i, event in enumerate(blocked) if event is None), None)
-            if ready is not None:
-                row = hand.pop(ready)
-                end = chain_end.pop(who, row + int(table.tasks["chain"][row]))
-                row, event = run_chain(row, end)
-                if event is not None:
-                    hand.insert(0, row)
-                    chain_end[who] = end
-                continue
-            own_work = not hand or int(table.tasks["kind"][hand[0]]) in own_pe_kinds
-            may_take = who not in chain_end and own_work and len(hand) <= (look_ahead if hand else 0)
-            if may_take and turn[who] < len(tasks):
-                hand.append(table.row(pe, tasks[turn[who]]))
-                turn[who] += 1
-                continue
-            for event in {event for event in blocked if event is not None}:
-                sleepers.setdefault(event, []).append(who)
-            break
-    stuck = {who: hand for who, hand in held.items() if hand}
+            held[who] = next(rows[who], None)
+    stuck = {who: row for who, row in held.items() if row is not None}
     if stuck:
         lines = []
-        for (pe, worker), hand in sorted(stuck.items())[:8]:
-            event = first_missing(hand[0])
+        for (pe, worker), row in sorted(stuck.items())[:8]:
+            event = first_missing(row)
             assert event is not None
             lines.append(
-                f"PE {pe} worker {worker} holds {table.describe(hand[0])}, which waits for "
+                f"PE {pe} worker {worker} holds {table.describe(row)}, which waits for "
                 f"{table.describe_event(event)}: seen {count[event]}, wanted {table.event_target[event]}"
             )
         raise ScheduleError(f"deadlock: {len(stuck)} workers would wait for ever\n" + "\n".join(lines))
+
+
+def _chain(table: TaskTable, head: int) -> range:
+    return range(head, head + int(table.tasks["chain"][head]))

@@ -48,6 +48,8 @@ _TILE_DEFAULTS = {
     "block_tokens": 64,
     "combine_tokens": 1,
 }
+# down="rows": a chain of tasks for each piece of the output, so as many pieces as there are workers to keep busy.
+_ROWS_DEFAULTS = {**_TILE_DEFAULTS, "down_rows": 8}
 # The ancestor's split, about 11 tasks a token: the whole gate, the top-k, a whole expert each, the sum.
 _TOKEN_DEFAULTS = {
     **_TILE_DEFAULTS,
@@ -81,7 +83,9 @@ class Tiling:
                 raise ValueError(f"{name}={getattr(self, name)!r} (accepted: {', '.join(accepted)})")
         if self.granularity == "token" and self.down == "rows":
             raise ValueError("down='rows' with granularity='token': a whole expert is one task (accepted: 'tile')")
-        defaults = _TOKEN_DEFAULTS if self.granularity == "token" else _TILE_DEFAULTS
+        defaults = _ROWS_DEFAULTS if self.down == "rows" else _TILE_DEFAULTS
+        if self.granularity == "token":
+            defaults = _TOKEN_DEFAULTS
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
             if not isinstance(value, int) or not 0 <= value <= 1 << 20:
@@ -261,6 +265,3 @@ def critical_path(table: TaskTable, records: np.ndarray[Any, Any]) -> NDArray[np
         if current < 0:
             return np.array(path[::-1], np.int64)
         path.append(current)
-
-
-task_table = TaskTable

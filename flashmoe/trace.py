@@ -79,9 +79,7 @@ class Trace:
     def _check_header(self) -> None:
         missing = [key for key in REQUIRED_KEYS if key not in self.header]
         if missing:
-            raise ValueError(
-                f"trace header lacks {', '.join(missing)} (required: {', '.join(REQUIRED_KEYS)})"
-            )
+            raise ValueError(f"trace header lacks {', '.join(missing)} (required: {', '.join(REQUIRED_KEYS)})")
         for key in ("ep_size", "num_workers", "num_domains"):
             value = self.header[key]
             if type(value) is not int or value < 1:
@@ -90,9 +88,7 @@ class Trace:
     def _check_records(self) -> None:
         records = self.records
         if records.dtype != TRACE_DTYPE or records.ndim != 1:
-            raise ValueError(
-                f"trace records are {records.ndim}-d of {records.dtype} (must be 1-d of {TRACE_DTYPE})"
-            )
+            raise ValueError(f"trace records are {records.ndim}-d of {records.dtype} (must be 1-d of {TRACE_DTYPE})")
         self._refuse(records["kind"] >= len(KINDS), "kind", f"must be below {len(KINDS)}: {', '.join(KINDS)}")
         self._refuse(records["pe"] >= self.num_pes, "pe", f"must be below ep_size={self.num_pes}")
         self._refuse(records["worker"] >= self.num_workers, "worker", f"must be below {self.num_workers}")
@@ -208,9 +204,7 @@ class Trace:
         Returns: (num_pes, n), in the unit of amounts; what lies outside the edges is not counted.
         """
         start_ps = self.records["start_ps"]
-        end_ps = np.maximum(
-            self.records["end_ps"], start_ps + 1
-        )  # a task without duration still has its bytes
+        end_ps = np.maximum(self.records["end_ps"], start_ps + 1)  # a task without duration still has its bytes
         slope = amounts / (end_ps - start_ps)
         sums = np.zeros((self.num_pes, len(edges_ps) - 1))
         for pe in range(self.num_pes):
@@ -302,9 +296,7 @@ def stamp() -> dict[str, Any]:
 def _as_json(header: dict[str, Any]) -> dict[str, Any]:
     """The header as JSON gives it back, with its format: so a trace equals what will be loaded."""
     if header.get("format", TRACE_FORMAT) != TRACE_FORMAT:
-        raise ValueError(
-            f"trace format {header['format']!r} (this flashmoe reads and writes format {TRACE_FORMAT})"
-        )
+        raise ValueError(f"trace format {header['format']!r} (this flashmoe reads and writes format {TRACE_FORMAT})")
     result: dict[str, Any] = {"format": TRACE_FORMAT}
     for key, value in header.items():
         try:

@@ -101,9 +101,7 @@ class Weights:
             dtype = _common_dtype(tensors, names)
             unknown = sorted(set(tensors) - set(names))
             if unknown:  # a shared expert, a bias, a scale: leaving it out would give wrong results
-                raise ValueError(
-                    f"{folder}: layer {layer} has mlp.{unknown[0]}, which is no part of a Qwen3-MoE layer"
-                )
+                raise ValueError(f"{folder}: layer {layer} has mlp.{unknown[0]}, which is no part of a Qwen3-MoE layer")
             d_ff = _sizes(tensors, names[-1], 3 if fused else 2)[-1]  # names ends with a down projection
             weights = _empty(num_experts, d_model, d_ff, dtype)
             _read(tensors, "gate.weight", None, weights.gate)

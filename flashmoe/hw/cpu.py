@@ -145,7 +145,8 @@ class Layer:
             pairs = [self._native.routing(pe, count) for pe, count in enumerate(num_tokens)]
             used = Routing(
                 topk_idx=tuple(idx for idx, _ in pairs),
-                topk_weights=tuple(w for _, w in pairs),
+                # a NaN token has NaN weights and poisons its own output; a Routing holds numbers
+                topk_weights=tuple(np.nan_to_num(w) for _, w in pairs),
                 num_experts=self.model.num_experts,
                 name="gate",
             )

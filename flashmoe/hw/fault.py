@@ -50,6 +50,8 @@ def launch_error(fault: dict[str, Any], num_workers: int) -> LaunchError:
 
 def _what(fault: dict[str, Any]) -> str:
     """The event that did not come; `planned` by what it lacks."""
+    if fault["event"] == len(EVENT_KINDS):
+        return f"slot {fault['index']} of the push queue (filled in this epoch)"
     event = EVENT_KINDS[fault["event"]]
     if event != "planned":
         return f"{event}[{fault['index']}]"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from flashmoe.schedule import to_schedule
 from flashmoe.sim.bounds import distinct_weight_bytes, explain, lower_bounds
 from flashmoe.sim.simpy_engine import DeadlockError, Progress, run_simpy
 from flashmoe.tasks import TaskTable, Tiling, critical_path
-from flashmoe.trace import Trace
+from flashmoe.trace import Trace, stamp
 
 __all__ = ["ENGINES", "DeadlockError", "explain", "lower_bounds", "simulate"]
 
@@ -62,20 +60,14 @@ def simulate(
     bound_ps = max(bounds_ps.values())
     makespan_ps = int(records["end_ps"].max(initial=0))
     header = {
+        **table.header(),
+        **stamp(),
         "executor": engine,
         "machine": machine.name,
         "machine_parameters": machine.to_dict(),
-        "model": model.to_dict(),
-        "ep_size": routing.ep_size,
-        "num_tokens": [int(tokens) for tokens in routing.num_tokens],
         "num_workers": num_workers,
         "num_domains": min(machine.num_domains, num_workers),
-        "routing": routing.digest,
-        "routing_name": routing.name,
-        "plan_digests": table.plan_digests,
         "policy": policy.name,
-        "tiling": policy.tiling.to_dict(),
-        "gate_inside": gate,
         "seed": seed,
         "clock": {"unit": "ps", "resolution_ps": 1},
         "drops": 0,
@@ -85,14 +77,5 @@ def simulate(
         "hbm_bytes": int(records["hbm_bytes"].sum()),
         "link_bytes": int(records["link_bytes"].sum()),
         "distinct_weight_bytes": int(distinct_weight_bytes(table).sum()),
-        "version": _version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return Trace(records=records, header=header, critical_path=critical_path(table, records))
-
-
-def _version() -> str:
-    try:
-        return metadata.version("flashmoe")
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

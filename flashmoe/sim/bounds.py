@@ -18,8 +18,8 @@ _SAFETY = 1.0 - 1e-9  # rounding of shared bandwidth to float64 may end a stream
 def lower_bounds(table: TaskTable, machine: Machine, num_workers: int) -> dict[str, int]:
     """Lower bounds of the makespan by name [ps], each valid for every queue, order and look-ahead.
 
-    hbm: distinct weight bytes of the busiest PE over its bandwidth (shared memory: all work of all PEs).
-    workers: work of the busiest PE over its workers.
+    hbm: distinct weight bytes of the busiest PE over its bandwidth (on a host: of all PEs, they share a memory).
+    workers: work of the busiest PE over its workers (on a host: of all PEs over the cores).
     longest_task: the longest pick alone on the machine.
     critical_path: the longest chain of dependences with unlimited workers.
     links: the busiest direction of a link (mesh) or of a port (switch).
@@ -27,7 +27,7 @@ def lower_bounds(table: TaskTable, machine: Machine, num_workers: int) -> dict[s
     costs = task_costs(table, machine)
     return {
         "hbm": _hbm_ps(table, machine, costs),
-        "workers": _workers_ps(table, costs, num_workers),
+        "workers": _workers_ps(table, machine, costs, num_workers),
         "longest_task": _longest_pick_ps(table, costs),
         "critical_path": _critical_path_ps(table, machine, costs),
         "links": _links_ps(table, machine),
@@ -47,23 +47,30 @@ def distinct_weight_bytes(table: TaskTable) -> NDArray[np.float64]:
 
 
 def _hbm_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
-    busiest = costs.stream_bytes.sum() if machine.shared_memory else distinct_weight_bytes(table).max(initial=0.0)
+    distinct = distinct_weight_bytes(table)
+    busiest = distinct.sum() if machine.num_cores > 0 else distinct.max(initial=0.0)
     return int(busiest / machine.hbm_bytes_per_ns * 1000.0 * _SAFETY)
 
 
-def _workers_ps(table: TaskTable, costs: Costs, num_workers: int) -> int:
-    # a worker that looks ahead streams for one pick while it runs another: each alone fills its time
-    apart = [costs.stream_ps, costs.compute_ps + costs.after_ps]
-    work_ps = apart if costs.early else [costs.least_ps]
-    sums = [np.bincount(table.tasks["pe"], weights=work, minlength=table.num_pes) for work in work_ps]
-    return int(max(total.max(initial=0.0) for total in sums) / num_workers * _SAFETY)
+def _workers_ps(table: TaskTable, machine: Machine, costs: Costs, num_workers: int) -> int:
+    sums = [np.bincount(table.tasks["pe"], weights=work, minlength=table.num_pes) for work in _stages(costs)]
+    bound_ps = max(total.max(initial=0.0) for total in sums) / num_workers
+    if machine.num_cores > 0:
+        bound_ps = max(bound_ps, max(total.sum() for total in sums) / machine.num_cores)
+    return int(bound_ps * _SAFETY)
+
+
+def _stages(costs: Costs) -> list[NDArray[np.int64]]:
+    """What a worker does one task after the other: with prefetch it streams for one while it runs another."""
+    return [costs.stream_ps, costs.compute_ps + costs.after_ps] if costs.early else [costs.least_ps]
 
 
 def _longest_pick_ps(table: TaskTable, costs: Costs) -> int:
     if len(table.tasks) == 0:
         return 0
     heads = np.flatnonzero(table.tasks["chain"])
-    return int(np.add.reduceat(costs.least_ps, heads).max() * _SAFETY)
+    stages = [*_stages(costs), np.where(table.tasks["chain"] > 0, costs.least_ps, 0)]
+    return int(max(np.add.reduceat(stage, heads).max() for stage in stages) * _SAFETY)
 
 
 def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
@@ -92,6 +99,7 @@ def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
         for event in needs:
             waiters[event].append(row)
     end_ps = [0.0] * len(tasks)
+    weights_ps = [0.0] * len(tasks)  # earliest time at which a task's weights are there
     known = deque(row for row, count in enumerate(missing) if count == 0)
     while known:
         row = known.popleft()
@@ -99,8 +107,12 @@ def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
         plan_ps = event_ps[planned[pe[row]]] if kind[row] in PLANNED_KINDS else 0.0
         inputs_ps = max((event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0)
         start_ps = max(reached_ps, inputs_ps)
-        weights_from_ps = max(reached_ps, plan_ps) if costs.early else start_ps
-        end_ps[row] = max(start_ps + compute_ps[row], weights_from_ps + stream_ps[row]) + after_ps[row]
+        if costs.early:  # the next task of a chain streams as soon as the one before has its weights
+            weights_from_ps = max(weights_ps[row - 1] if inside_chain[row] else 0.0, plan_ps)
+        else:
+            weights_from_ps = start_ps
+        weights_ps[row] = weights_from_ps + stream_ps[row]
+        end_ps[row] = max(start_ps + compute_ps[row], weights_ps[row]) + after_ps[row]
         if row + 1 < len(tasks) and inside_chain[row + 1]:
             missing[row + 1] -= 1
             if missing[row + 1] == 0:

@@ -46,16 +46,13 @@ def task_costs(table: TaskTable, machine: Machine) -> Costs:
     flop_ns = tasks["flops"] / machine.cu_flops_per_ns
     io_ns = tasks["io_bytes"] / machine.cache_bytes_per_ns
     stream_bytes = tasks["weight_bytes"].astype(np.float64)
-    if machine.shared_memory:
-        # the channel stands for the cores: arithmetic and cache traffic count as the bytes of the same time
-        stream_bytes = np.maximum(stream_bytes, np.maximum(flop_ns, io_ns) * machine.cu_bytes_per_ns)
     overhead_ps = np.array([machine.overhead_ps(kind) for kind in KINDS], dtype=np.int64)
     return Costs(
         stream_bytes=stream_bytes,
         stream_ps=_ceil_ps(stream_bytes / machine.cu_bytes_per_ns),
         compute_ps=_ceil_ps(np.maximum(flop_ns, io_ns)),
         after_ps=overhead_ps[tasks["kind"]] + _ceil_ps(remote_bytes(table) / machine.store_bytes_per_ns),
-        early=machine.prefetch and not machine.shared_memory,  # on a host only a running thread loads anything
+        early=machine.prefetch,
     )
 
 

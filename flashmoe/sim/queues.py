@@ -24,6 +24,8 @@ QUEUES = ("push", "ticket", "domain", "static", "replay")
 class TicketQueue:
     """One counter over the ranks of an order."""
 
+    runs_ahead = True  # a worker may take its next pick while it runs a task
+
     def __init__(self, pe: Pe, order: Sequence[int]) -> None:
         self._order = order
         self._counter = Counter(pe.env)
@@ -79,11 +81,14 @@ class ListQueue(TicketQueue):
 class PushQueue(TicketQueue):
     """Slots in a row: who makes a pick ready appends it, a worker takes a ticket and waits for its slot.
 
-    Each append is a fetch-and-add on the tail that the worker waits for; others see the slot a signal later.
+    Picks that become ready together take one fetch-and-add on the tail, which the worker waits for; others see
+    the slots a signal later.
     Picks that wait for another PE's work have nobody on this PE to append them. They form groups (first all
     that wait for `planned`, then each combine alone), and the worker that has waited longest for its slot
     appends the next group as soon as it is ready, strictly in sequence.
     """
+
+    runs_ahead = False  # the slot may not be filled yet, and often the running task is the one that will fill it
 
     def __init__(
         self, pe: Pe, order: Sequence[int], pushed_on_completion: Sequence[int], groups: list[list[int]]
@@ -119,7 +124,7 @@ class PushQueue(TicketQueue):
                 continue
             self._watch()
             wake = self._waiting[slot] = worker.sleep(slot)
-            yield wake
+            yield from worker.wait(wake)
         self._offer()  # this worker may have been woken for a group, and its own slot came first
         row, seen_ps, writer = self._slots[slot]
         if writer is not worker and seen_ps > self._pe.env.now:
@@ -138,9 +143,12 @@ class PushQueue(TicketQueue):
         yield from self._append(worker, ready)
 
     def _append(self, worker: Worker, rows: list[int]) -> Steps:
-        for row in rows:
-            slot: int = yield self._tail.add(*self._cost_ps)
-            self._slots[slot] = (row, int(self._pe.env.now) + self._pe.signal_ps(), worker)
+        if not rows:
+            return
+        first: int = yield self._tail.add(*self._cost_ps, len(rows))
+        seen_ps = int(self._pe.env.now) + self._pe.signal_ps()
+        for slot, row in enumerate(rows, start=first):
+            self._slots[slot] = (row, seen_ps, worker)
             if wake := self._waiting.pop(slot, None):
                 wake.succeed()
 

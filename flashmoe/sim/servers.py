@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import simpy
@@ -22,13 +23,46 @@ class Counter:
         self._value = 0
         self._free_ps = 0
 
-    def add(self, service_ps: int, latency_ps: int) -> simpy.Event:
-        """Add one; the event's value is what the word was before, known a latency after the service."""
+    def add(self, service_ps: int, latency_ps: int, amount: int = 1) -> simpy.Event:
+        """Add an amount; the event's value is what the word was before, known a latency after the service."""
         ticket = self._value
-        self._value += 1
+        self._value += amount
         now_ps = int(self._env.now)
         self._free_ps = max(now_ps, self._free_ps) + service_ps
         return self._env.timeout(self._free_ps + latency_ps - now_ps, ticket)
+
+
+class Cores:
+    """Cores of a host, shared by more workers than there are: first come, first served, a slice of time each."""
+
+    def __init__(self, env: simpy.Environment, num_cores: int, slice_ps: int) -> None:
+        self._env = env
+        self._free = num_cores
+        self._slice_ps = slice_ps
+        self._waiting: deque[simpy.Event] = deque()
+
+    def acquire(self) -> simpy.Event:
+        """An event that succeeds, with the time as its value, when the caller has a core."""
+        has_core = self._env.event()
+        self._waiting.append(has_core)
+        if self._free > 0:
+            self._free -= 1
+            self._pass_on()
+        return has_core
+
+    def release(self) -> None:
+        """Give a core to whoever has waited longest."""
+        if self._waiting:
+            self._pass_on()
+        else:
+            self._free += 1
+
+    def is_over(self, since_ps: int) -> bool:
+        """Whether a worker that got its core at that time should let another one have it."""
+        return bool(self._waiting) and self._env.now - since_ps >= self._slice_ps
+
+    def _pass_on(self) -> None:
+        self._waiting.popleft().succeed(int(self._env.now))
 
 
 class Links:

@@ -27,7 +27,7 @@ from flashmoe.policy import Policy
 from flashmoe.sim.bandwidth import CappedSharing
 from flashmoe.sim.costs import PLANNED_KINDS, remote_bytes, task_costs
 from flashmoe.sim.queues import Steps, make_queue
-from flashmoe.sim.servers import Links
+from flashmoe.sim.servers import Cores, Links
 from flashmoe.tasks import TaskTable
 from flashmoe.trace import KINDS, TRACE_DTYPE
 
@@ -65,25 +65,39 @@ class Worker:
         self._on_their_way: dict[int, int] = {}  # event -> own signals that the others don't see yet
         self._last_end_ps = 0
         self._last_weights: simpy.Event | None = None
+        self._more = True  # the queue has more picks for this worker
+        self._fetching: simpy.Event | None = None  # the next pick, on its way while a task runs
+        self._following: Pick | None = None  # the next task of a chain, its weights streaming while a task runs
+        self._core_since_ps = 0
 
     def work(self) -> Steps:
         """Run the oldest pick that is ready; without one take another, if allowed; else wait for an input."""
-        queue, more = self.pe.queue, True
-        if self.index == 0:
-            yield from queue.launch(self)
-        while more or self.held:
+        yield from self._start()
+        while True:
             pick = self._oldest_ready()
             if pick is not None:
                 self.held.remove(pick)
                 yield from self._run(pick)
-            elif more and self._may_take():
-                row = yield from queue.take(self)
-                more = row is not None
-                if row is not None:
-                    self.held.append(self._hold(row))
+            elif self._fetching is not None:
+                yield self._fetching
+            elif self._more and self._may_take():
+                yield from self._take()
+            elif self.held:
+                yield from self.wait(self._any_input(self.held))
             else:
-                yield self._any_input(self.held)
+                break
             self.waits_for = "nothing"
+        if self.layer.cores is not None:
+            self.layer.cores.release()
+
+    def wait(self, wake: simpy.Event) -> Steps:
+        """Wait with nothing to do; on a host that means without a core."""
+        cores = self.layer.cores
+        if cores is not None:
+            cores.release()
+        yield wake
+        if cores is not None:
+            self._core_since_ps = yield cores.acquire()
 
     def sees(self, event: int) -> bool:
         """Whether this worker sees an event as complete: what has landed, and its own signals."""
@@ -105,11 +119,45 @@ class Worker:
             before.callbacks.append(lambda _: channel.start(num_bytes, done))
         pick.weights = self._last_weights = done
 
+    def _start(self) -> Steps:
+        layer = self.layer
+        if self.index * layer.machine.launch_step_ps > 0:
+            yield self.env.timeout(self.index * layer.machine.launch_step_ps)
+        if layer.cores is not None:
+            self._core_since_ps = yield layer.cores.acquire()
+        if self.index == 0:
+            yield from self.pe.queue.launch(self)
+
+    def _take(self) -> Steps:
+        row = yield from self.pe.queue.take(self)
+        self._more = row is not None
+        if row is not None:
+            self.held.append(self._hold(row))
+
+    def _fetch_ahead(self) -> None:
+        """With the weights of a task there, its worker's stream is free: take the next pick while the task runs.
+
+        One pick, and only if nothing else is held: a CU has room for one task's weights beside those in use.
+        """
+
+        def fetch() -> Steps:
+            yield from self._take()
+            self._fetching = None
+
+        if self._more and not self.held and self.pe.queue.runs_ahead:
+            self._fetching = self.env.process(fetch())
+
     def _oldest_ready(self) -> Pick | None:
         for pick in self.held:
-            if self._is_ready(pick):
+            if self._is_ready(pick) and (pick is self.held[0] or self._whole_chain_is_ready(pick)):
                 return pick
         return None
+
+    def _whole_chain_is_ready(self, pick: Pick) -> bool:
+        """A chain that overtakes an older pick must not wait inside for what that pick may have to make first."""
+        layer = self.layer
+        rest = range(pick.row + 1, pick.row + layer.chain[pick.row])
+        return all(self.sees(event) for row in rest for event in layer.inputs[row])
 
     def _may_take(self) -> bool:
         if not self.held:
@@ -127,7 +175,9 @@ class Worker:
     def _any_input(self, picks: Sequence[Pick]) -> simpy.Event:
         wake = self.sleep("inputs")
         for pick in picks:
-            self.layer.wake_on(pick.unseen[0], wake)
+            rows = range(pick.row, pick.row + max(1, self.layer.chain[pick.row]))
+            unseen = pick.unseen or [e for row in rows for e in self.layer.inputs[row] if not self.sees(e)]
+            self.layer.wake_on(unseen[0], wake)
         return wake
 
     def _hold(self, row: int) -> Pick:
@@ -146,18 +196,24 @@ class Worker:
 
     def _run(self, pick: Pick) -> Steps:
         """Run a chain in order, never going back to the queue in between."""
-        head = pick.row
-        yield from self._execute(pick)
-        for row in range(head + 1, head + self.layer.chain[head]):
-            pick = self._hold(row)
+        end = pick.row + self.layer.chain[pick.row]
+        while True:
+            following = pick.row + 1 if pick.row + 1 < end else None
+            yield from self._execute(pick, following)
+            if following is None:
+                return
+            pick = self._following or self._hold(following)
+            self._following = None
             self.held.insert(0, pick)
             while not self._is_ready(pick):
-                yield self._any_input([pick])
+                yield from self.wait(self._any_input([pick]))
             self.held.remove(pick)
-            yield from self._execute(pick)
 
-    def _execute(self, pick: Pick) -> Steps:
-        """The task itself: weights and arithmetic side by side, then the fixed part and the remote stores."""
+    def _execute(self, pick: Pick, following: int | None) -> Steps:
+        """The task itself: weights and arithmetic side by side, then the fixed part and the remote stores.
+
+        following: the row of the next task of the chain, if there is one.
+        """
         layer, env, row = self.layer, self.env, pick.row
         start_ps = int(env.now)
         ready_ps = 0
@@ -168,12 +224,21 @@ class Worker:
                 self.start_weights(pick)
             assert pick.weights is not None
             yield pick.weights
+        if layer.early and following is not None:
+            self._following = self._hold(following)
+        elif layer.early:
+            self._fetch_ahead()
         end_ps = max(int(env.now), start_ps + layer.compute_ps[row]) + layer.after_ps[row]
         if end_ps > env.now:
             yield env.timeout(end_ps - env.now)
         self._last_end_ps = end_ps
         layer.record(row, self, ready_ps, pick.ticket_ps, start_ps, end_ps)
         yield from self.pe.queue.completed(self, self._signal(row))
+        if layer.machine.gap_ps > 0:
+            yield env.timeout(layer.machine.gap_ps)
+        if layer.cores is not None and layer.cores.is_over(self._core_since_ps):
+            layer.cores.release()
+            self._core_since_ps = yield layer.cores.acquire()
 
     def _seen_ps(self, event: int) -> int:
         if self.layer.has_landed(event):
@@ -274,8 +339,9 @@ class Layer:
         self.pes: list[Pe] = []
         look_ahead = 0 if policy.queue == "push" else policy.look_ahead
         picks: Sequence[Any] = [()] * table.num_pes if policy.queue == "replay" else policy.picks(table)
+        self.cores = Cores(self.env, machine.num_cores, machine.slice_ps) if machine.num_cores > 0 else None
         for index in range(table.num_pes):
-            if index == 0 or not machine.shared_memory:
+            if index == 0 or self.cores is None:  # the cores of a host share one memory
                 channel = CappedSharing(self.env, machine.hbm_bytes_per_ns, machine.cu_bytes_per_ns)
             self.pes.append(Pe(self, index, num_workers, look_ahead, channel))
             self.pes[index].set_queue(policy.queue, picks[index], None if schedule is None else schedule[index])

@@ -92,11 +92,39 @@ double ticket_ns(double seconds, u32 num_threads) {
   return num_threads / sum;
 }
 
+//! How long a thread runs before the system takes its core away for another one, with two threads a core
+//! [ns].
+double slice_ns(double seconds, u32 num_cores) {
+  constexpr u64 gap_ns = 100'000;  // longer than an interrupt, shorter than a slice
+  std::vector<u64> ran(2 * num_cores), gaps(2 * num_cores);
+  std::vector<std::thread> threads;
+  for (u32 i = 0; i < 2 * num_cores; ++i) {
+    threads.emplace_back([&, i] {
+      const u64 end_ns = clock_ns() + static_cast<u64>(seconds * 1e9);
+      for (u64 last = clock_ns(), now = last; now < end_ns; last = now) {
+        now = clock_ns();
+        if (now - last > gap_ns) {
+          ++gaps[i];
+        } else {
+          ran[i] += now - last;
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  u64 total_ran = 0, total_gaps = 1;
+  for (u32 i = 0; i < 2 * num_cores; ++i) {
+    total_ran += ran[i];
+    total_gaps += gaps[i];
+  }
+  return static_cast<double>(total_ran) / static_cast<double>(total_gaps);
+}
+
 }  // namespace
 
 std::map<std::string, double> benchmark(double seconds, u32 num_threads) {
   constexpr u32 columns = 2048;
-  const double part = seconds / 7;
+  const double part = seconds / 8;
   // larger than any cache that one thread could keep it in
   const std::vector<bf16> weights(std::size_t{64} << 20, from_float<bf16>(0.25f));
   std::map<std::string, double> result;
@@ -115,6 +143,7 @@ std::map<std::string, double> benchmark(double seconds, u32 num_threads) {
       });
   result["signal_ns"] = signal_ns(part);
   result["ticket_ns"] = ticket_ns(part, num_threads);
+  result["slice_ns"] = slice_ns(part, num_threads);
   result["thread_start_ns"] = 1 / rate_per_ns(part, [] { std::thread([] {}).join(); });
   return result;
 }

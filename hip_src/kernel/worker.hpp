@@ -76,7 +76,8 @@ class Worker {
     while (!stopped_) {
       Missing missing{}, other{};  // what the oldest pick waits for is what a report names
       u32 ready = 0;
-      while (ready < count && !is_ready(held[ready], source, ready == 0 ? missing : other)) ++ready;
+      while (ready < count && !is_ready(held[ready], ready == 0, source, ready == 0 ? missing : other))
+        ++ready;
       for (u32 i = 0; i < count; ++i) {
         if (held[i].rank != none) continue;  // turned out to be past the end
         exhausted = true;
@@ -127,7 +128,9 @@ class Worker {
   }
 
   //! Decodes the pick as soon as that is possible. Leaves rank none when there is no such pick.
-  bool is_ready(Held& held, RankSource& source, Missing& missing) {
+  //! A pick that would overtake an older one needs the inputs of its whole chain: waiting inside a chain, the
+  //! worker could not run the older pick, and that may be what the chain waits for.
+  bool is_ready(Held& held, bool oldest, RankSource& source, Missing& missing) {
     if (held.id == none) {
       const bool replay = launch_.policy.queue == QueueKind::replay;
       const u32 early = PickOrder(graph_, launch_.policy.order).num_early();
@@ -137,8 +140,14 @@ class Worker {
       if (held.rank == none) return false;
       held.id = replay ? own_.replay_ids[held.rank] : PickOrder(graph_, launch_.policy.order)[held.rank];
     }
-    return inputs_ready(graph_.decode(held.id), missing);
+    const u32 length = oldest ? 1 : chain_length(held.id);
+    for (u32 i = 0; i < length; ++i) {
+      if (!inputs_ready(graph_.decode(held.id + i), missing)) return false;
+    }
+    return true;
   }
+
+  u32 chain_length(u32 first) const { return first < graph_.first_up() ? 1 : graph_.chain(first); }
 
   //! Picks of this PE, or none while the plan is not there.
   u32 num_picks() const { return planned_ ? PickOrder(graph_, launch_.policy.order).size() : none; }
@@ -153,11 +162,12 @@ class Worker {
       const u32 place = push_.ticket();
       u16 flags = 0;
       u32 id = none;
-      while (!stopped_ && (id = push_.poll(place)) == none) {
+      // more workers than picks: tickets go past the last slot, and these workers only wait for the plan
+      const bool has_slot = place < launch_.limits.max_picks;
+      while (!stopped_ && (!has_slot || (id = push_.poll(place)) == none)) {
         if (planned_ && place >= num_picks()) return;
-        Missing missing{};
+        Missing missing{push_slot, place, none, 0, epoch_};
         if (find_ready_tasks(missing)) continue;
-        if ((id = push_.poll(place)) != none) break;
         flags = trace_waited;
         keep_waiting(none, missing);
       }
@@ -171,7 +181,7 @@ class Worker {
     const u32 first = graph_.first_task();
     u32 end = launch_.gate_inside ? graph_.first_route() : graph_.first_dispatch();
     if (graph_.num_tokens == 0) end = graph_.first_up();
-    for (u32 id = first; id < end; ++id) push_.push(id);
+    push_range(first, end - first);
   }
 
   //! Waiting workers find what no task of this PE completes: the plan, and then each combine in turn. One at
@@ -191,11 +201,14 @@ class Worker {
     if (!compare_swap_acquire<Scope::device>(cursor, group, group | busy))
       return true;  // somebody else took it
     if (group > 0) {
-      push_.push(combine);
+      push_range(combine, 1);
     } else {
+      // with down="rows" the chains, too: a chain waits for each of its inputs itself
+      const u32 end = graph_.by_rows() ? graph_.first_combine() : graph_.first_down();
+      const u32 late = graph_.num_combine() + (graph_.by_rows() ? 0 : graph_.num_down());
+      u32 place = push_.reserve(order.size() - order.num_early() - late);
       for (u32 rank = order.num_early(); rank < order.size(); ++rank) {
-        const u32 id = order[rank];
-        if (id < graph_.first_down() || (graph_.by_rows() && id < graph_.first_combine())) push_.push(id);
+        if (order[rank] < end) push_.publish(place++, order[rank]);
       }
     }
     store_release<Scope::device>(cursor, group + 1);  // release: the next group's pushes come after these
@@ -203,8 +216,9 @@ class Worker {
   }
 
   void push_range(u32 first, u32 count) {
-    if (launch_.policy.queue != QueueKind::push) return;
-    for (u32 i = 0; i < count; ++i) push_.push(first + i);
+    if (launch_.policy.queue != QueueKind::push || count == 0) return;
+    const u32 place = push_.reserve(count);
+    for (u32 i = 0; i < count; ++i) push_.publish(place + i, first + i);
   }
 
   // --- waiting
@@ -333,7 +347,7 @@ class Worker {
   // --------------------------------------------------------------------------------------------------
 
   void run_pick(u32 first, u64 ticket_ns, u16 flags) {
-    const u32 length = first < graph_.first_up() ? 1 : graph_.chain(first);
+    const u32 length = chain_length(first);
     for (u32 i = 0; i < length && !stopped_; ++i) {
       const Task task = graph_.decode(first + i);
       Missing missing{};

@@ -69,15 +69,16 @@ struct PushQueue {
   u64* slots;  // epoch and task id; a slot of another epoch is empty
   u32 epoch;
 
-  FLASHMOE_FN void push(u32 task_id) const {
-    const u32 place = fetch_add_relaxed<Scope::device>(tail, 1u);
+  //! Slots for `count` tasks in a row; returns the first.
+  FLASHMOE_FN u32 reserve(u32 count) const { return fetch_add_relaxed<Scope::device>(tail, count); }
+  FLASHMOE_FN void publish(u32 place, u32 task_id) const {
     // release: who runs the task must see what made it ready; this worker acquired that with the last arrival
     store_release<Scope::device>(slots + place, u64{epoch} << 32 | task_id);
   }
   FLASHMOE_FN u32 ticket() const { return fetch_add_relaxed<Scope::device>(head, 1u); }
   //! The task in a slot, or none while it is empty.
   FLASHMOE_FN u32 poll(u32 place) const {
-    const u64 slot = load_acquire<Scope::device>(slots + place);  // acquire: pairs with push
+    const u64 slot = load_acquire<Scope::device>(slots + place);  // acquire: pairs with publish
     return epoch_of(slot) == epoch ? static_cast<u32>(slot) : none;
   }
 };

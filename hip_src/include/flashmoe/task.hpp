@@ -45,6 +45,8 @@ enum class EventKind : u32 {
   result = 4,   // [result word] a set of results has landed at the tokens' owner
 };
 constexpr u32 num_event_kinds = 5;
+constexpr EventKind push_slot{
+    num_event_kinds};  // only in reports: a slot of the push queue that nobody fills
 
 struct Event {
   EventKind kind;

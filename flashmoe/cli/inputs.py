@@ -1,0 +1,67 @@
+"""Options that several commands take, and what they are resolved to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashmoe.model import MODEL_PRESETS, MoEModel
+from flashmoe.policy import policy_names, resolve
+from flashmoe.routing import Routing
+from flashmoe.tasks import Tiling
+
+PolicyName = Annotated[str, typer.Option("--policy", help=f"One of: {', '.join(policy_names())}.")]
+Granularity = Annotated[
+    str | None,
+    typer.Option(help="tile, or token: a whole expert for one token is one task. [dim]default: the policy's own[/dim]"),
+]
+Down = Annotated[
+    str | None,
+    typer.Option(
+        help="Down projection: tile, or rows (a worker adds up all experts). [dim]default: the policy's own[/dim]"
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="bf16 or f32. [dim]default: the model's own[/dim]")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+TraceOut = Annotated[Path | None, typer.Option("--out", help="Write the trace to this .npz.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+def load_model(name: str, dtype: str | None) -> MoEModel:
+    """A preset, or the sizes in config.json of a checkpoint folder."""
+    if name in MODEL_PRESETS or not Path(name).is_dir():
+        model = MoEModel.preset(name)
+    else:
+        model = MoEModel.from_checkpoint(name)
+    return model if dtype is None else replace(model, dtype=dtype)
+
+
+def choose_tiling(policy: str, granularity: str | None, down: str | None) -> Tiling | None:
+    """The tiling that the options ask for; None when the policy's own shall be taken."""
+    if granularity is None and down is None:
+        return None
+    own = resolve(policy).tiling
+    chosen: dict[str, Any] = {"granularity": granularity or own.granularity, "down": down or own.down}
+    return Tiling(**chosen)
+
+
+def make_routing(
+    text: str, model: MoEModel, tokens: int | None, ep_size: int | None, seed: int, *, default: tuple[int, int]
+) -> Routing:
+    """The routing that an option names. default: tokens and PEs where nobody says them; a file says them."""
+    if not text.endswith(".npz"):
+        tokens, ep_size = (default[i] if given is None else given for i, given in enumerate((tokens, ep_size)))
+    return Routing.parse(text, model, tokens, ep_size, seed)
+
+
+def routing_inputs(routing: Routing) -> dict[str, Any]:
+    """A routing as the inputs of a JSON result show it."""
+    return {"routing": routing.name, "routing_digest": routing.digest, "skew": routing.skew()}
+
+
+def common_number(counts: tuple[int, ...]) -> int | list[int]:
+    """Tokens per PE: one number where all PEs have as many, else a list."""
+    return counts[0] if len(set(counts)) == 1 else list(counts)

@@ -1,0 +1,131 @@
+"""What all commands share of the terminal: consoles, progress bars, tables, errors and output files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+# Results go to stdout, progress and errors to stderr. No highlighting: colour is for what we mean to stress.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Tick = Callable[[int, int], None]  # called with (done, all)
+
+
+class WorkFailed(Exception):
+    """The work was done or tried, and its result is not right: exit status 1."""
+
+
+@contextmanager
+def errors_as_exit_status() -> Iterator[None]:
+    """One line on stderr instead of a traceback for every error that a user can do something about."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # typer knows what to do when `head` has seen enough
+    except WorkFailed as error:
+        _exit(error, 1)
+    except MemoryError as error:
+        _exit(f"out of memory ({error})", 1)
+    except (ValueError, ImportError, OSError) as error:
+        _exit(error, 2)
+    except RuntimeError as error:
+        from flashmoe.hw import LaunchError
+        from flashmoe.sim import DeadlockError
+
+        if not isinstance(error, LaunchError | DeadlockError):
+            raise  # a bug: its traceback is wanted
+        _exit(error, 1)
+
+
+def _exit(error: Exception | str, status: int) -> None:
+    lines = [line.strip() for line in str(error).splitlines()]
+    typer.echo(f"error: {'; '.join(line for line in lines if line)}", err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Tick]:
+    """A bar on stderr, gone when done; nothing when stderr is no terminal. Yields a function (done, all)."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One JSON object, and nothing else, on stdout."""
+    typer.echo(json.dumps(result, allow_nan=False))
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def check_writable(path: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Raise ValueError now rather than lose the work later: no folder, not writable, an unknown suffix."""
+    if path is None:
+        return
+    if suffixes and not path.name.endswith(tuple(suffixes)):
+        raise ValueError(f"{path}: unknown suffix (accepted: {', '.join(suffixes)})")
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is no folder")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", num_names: int = 1) -> None:
+    """A table whose first num_names columns are words, to the left, and whose others are numbers."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", pad_edge=False, box=None)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < num_names else "right", header_style="bold dim")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+
+
+def say(text: str, style: str = "") -> None:
+    """A paragraph, wrapped at the terminal's width; brackets are just brackets."""
+    out.print(Text(text, style=style))
+
+
+def print_written(path: Path | None, what: str) -> None:
+    if path is not None:
+        out.print(Text(f"{what}: {path}", style="dim"), soft_wrap=True)
+
+
+def as_time(us: float) -> str:
+    """A time with its unit: 45.2 µs, 14.2 ms."""
+    return f"{us:,.1f} µs" if us < 1e4 else f"{us / 1e3:,.1f} ms"
+
+
+def as_bytes(count: float) -> str:
+    """A size with its unit, in powers of ten as bandwidths are: 9.44 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def skew_in_words(skew: dict[str, float], num_experts: int) -> str:
+    """One line about how evenly the experts are loaded."""
+    even = math.log2(num_experts)
+    return (
+        f"load of the experts: CV {skew['cv']:.2f}, max/mean {skew['max_over_mean']:.2f}, "
+        f"Gini {skew['gini']:.2f}, entropy {skew['entropy']:.2f} of {even:.2f} bits"
+    )
