@@ -58,8 +58,7 @@ def flashmoe(
 ) -> None:
     """One mixture-of-experts layer as small tasks that workers pull from queues.
 
-    Simulate a schedule on GPUs that you don't have, compute the layer for real on CPU threads, and lay the two
-    timelines over each other.
+    Simulate a schedule on GPUs that are not at hand, compute the layer on CPU threads, and compare the timelines.
     """
 
 

@@ -139,12 +139,13 @@ def _print_computed(small: steps.Small) -> None:
     common = [run for run in small.runs if not run.own_tiling]
     others = sorted({run.policy for run in small.runs if run.own_tiling})
     if small.same_bits:
+        too = "gave them too" if small.all_same_bits else "gave others: its sums round differently"
         say(
-            f"All {len(common)} runs that cut the layer in the same way gave the same bits, whatever the policy and the "
-            f"number of workers. ({', '.join(others)} cuts it differently, so its sums may round differently.)"
+            f"All {len(common)} runs that cut the layer into the same tasks gave the same bits, whatever the policy and "
+            f"the number of workers; {', '.join(others)}, which cuts it differently, {too}."
         )
     else:
-        say("The runs that cut the layer in the same way did not give the same bits: that is a bug.", "bold red")
+        say("The runs that cut the layer into the same tasks did not give the same bits: that is a bug.", "bold red")
     say(f"Relative error is against plain numpy with float32 sums; up to {_LIMIT:g} is accepted in bf16.", "dim")
 
 
@@ -165,13 +166,15 @@ def _print_check(check: steps.TransformersCheck | None) -> None:
 
 
 def _print_hosted(hosted: steps.Hosted) -> None:
+    from flashmoe.demo import HELD_UP
+
     machine, comparison = hosted.machine, hosted.comparison
     makespans = sorted(hosted.makespans_us)
     simulated_us, measured_us = hosted.simulated.makespan_us, hosted.measured.makespan_us
     _title(3, "How good is the simulator? The same layer, simulated and measured here")
     say(
         f"This host, by microbenchmarks of two seconds: {machine.cu_bytes_per_ns:.1f} GB/s of weights through the "
-        f"arithmetic a core, {machine.hbm_bytes_per_ns:.1f} GB/s on all. Nothing is fitted to the layer itself. "
+        f"arithmetic on one core, {machine.hbm_bytes_per_ns:.1f} GB/s on all. Nothing is fitted to the layer itself. "
         f"{hosted.measured.num_workers} worker(s) a PE, {len(makespans)} measured runs, the median one compared."
     )
     out.print()
@@ -201,12 +204,18 @@ def _print_hosted(hosted: steps.Hosted) -> None:
     print_table(["kind", "tasks", "simulated µs", "measured µs", "model is off", f"{len(makespans)} runs, µs"], rows)
     out.print()
     spread = (makespans[-1] - makespans[0]) / measured_us
-    verdict = "more than that spread" if _outside(simulated_us, makespans) else "within that spread"
+    verdict = "outside their range" if _outside(simulated_us, makespans) else "inside their range"
     say(
         f"The model is off by {_signed_percent(simulated_us, measured_us)} on the makespan ({as_time(simulated_us)} "
         f"simulated, {as_time(measured_us)} measured). The measured runs themselves spread by {spread:.0%} from the "
-        f"fastest to the slowest: the error is {verdict}."
+        f"fastest to the slowest: the prediction is {verdict}."
     )
+    if hosted.held_up_us:
+        say(
+            f"In the compared run {len(hosted.held_up_us)} tasks took over {HELD_UP} times the median of their kind, "
+            f"{as_time(sum(hosted.held_up_us))} together: something else had the core meanwhile, and the model "
+            "knows nothing of that."
+        )
     for warning in comparison.warnings:
         say(f"warning: {warning}", "yellow")
 

@@ -110,8 +110,8 @@ def print_written(path: Path | None, what: str) -> None:
 
 
 def as_time(us: float) -> str:
-    """A time with its unit: 45.2 µs, 14.2 ms."""
-    return f"{us:,.1f} µs" if us < 1e4 else f"{us / 1e3:,.1f} ms"
+    """A time with its unit: 45.2 µs, 14.25 ms."""
+    return f"{us:.1f} µs" if us < 1e3 else f"{us / 1e3:,.2f} ms"
 
 
 def as_bytes(count: float) -> str:

@@ -149,12 +149,12 @@ class Worker:
 
     def _oldest_ready(self) -> Pick | None:
         for pick in self.held:
-            if self._is_ready(pick) and (pick is self.held[0] or self._whole_chain_is_ready(pick)):
+            if self._is_ready(pick) and (len(self.held) == 1 or self._whole_chain_is_ready(pick)):
                 return pick
         return None
 
     def _whole_chain_is_ready(self, pick: Pick) -> bool:
-        """A chain that overtakes an older pick must not wait inside for what that pick may have to make first."""
+        """A chain beside others in hand must not wait inside: one of them may make what it waits for."""
         layer = self.layer
         rest = range(pick.row + 1, pick.row + layer.chain[pick.row])
         return all(self.sees(event) for row in rest for event in layer.inputs[row])

@@ -76,7 +76,7 @@ class Worker {
     while (!stopped_) {
       Missing missing{}, other{};  // what the oldest pick waits for is what a report names
       u32 ready = 0;
-      while (ready < count && !is_ready(held[ready], ready == 0, source, ready == 0 ? missing : other))
+      while (ready < count && !is_ready(held[ready], count == 1, source, ready == 0 ? missing : other))
         ++ready;
       for (u32 i = 0; i < count; ++i) {
         if (held[i].rank != none) continue;  // turned out to be past the end
@@ -128,9 +128,10 @@ class Worker {
   }
 
   //! Decodes the pick as soon as that is possible. Leaves rank none when there is no such pick.
-  //! A pick that would overtake an older one needs the inputs of its whole chain: waiting inside a chain, the
-  //! worker could not run the older pick, and that may be what the chain waits for.
-  bool is_ready(Held& held, bool oldest, RankSource& source, Missing& missing) {
+  //! Beside others in hand a pick needs the inputs of its whole chain: waiting inside a chain, the worker
+  //! could not run the others, and one of them (an older one, or one stolen from another domain) may make
+  //! what the chain lacks.
+  bool is_ready(Held& held, bool alone, RankSource& source, Missing& missing) {
     if (held.id == none) {
       const bool replay = launch_.policy.queue == QueueKind::replay;
       const u32 early = PickOrder(graph_, launch_.policy.order).num_early();
@@ -140,7 +141,7 @@ class Worker {
       if (held.rank == none) return false;
       held.id = replay ? own_.replay_ids[held.rank] : PickOrder(graph_, launch_.policy.order)[held.rank];
     }
-    const u32 length = oldest ? 1 : chain_length(held.id);
+    const u32 length = alone ? 1 : chain_length(held.id);
     for (u32 i = 0; i < length; ++i) {
       if (!inputs_ready(graph_.decode(held.id + i), missing)) return false;
     }

@@ -74,9 +74,9 @@ def test_the_list_of_policies_is_complete():
 def test_right_for_every_policy_and_any_number_of_pes_and_workers(tiling, dtype):
     model = with_dtype(EIGHT, dtype)
     grid = [*itertools.product((1, 2, 4, 8), (1, 2, 5, 16))]
+    shift = 3 * list(TILINGS).index(tiling)
     for turn, policy in enumerate(POLICIES * 2):
-        # a walk through the 16 sizes: each of them once, over two rounds of the 8 policies
-        ep_size, workers = grid[(turn * 5) % 16]
+        ep_size, workers = grid[(turn * 5 + shift) % 16]  # each of the 16 once, with other policies for each tiling
         counts = [(3 * pe + turn) % 6 for pe in range(ep_size)]
         x = tokens(model, counts, seed=turn)
         result = run(model, weights_of(model), x, policy=policy, tiling=TILINGS[tiling], workers=workers, deadline_s=30)
@@ -204,14 +204,9 @@ def test_bits_by_tile_do_not_depend_on_the_number_of_pes(dtype, given_routing):
     for counts in ([11], [11, 0], [0, 11], [5, 6], [0, 3, 8, 0], [1, 2, 3, 0, 4, 0, 0, 1]):
         cuts = np.cumsum(counts)[:-1]
         routing = Routing(tuple(np.split(chosen.topk_idx[0], cuts)), tuple(np.split(chosen.topk_weights[0], cuts)), 8)
+        x, outside = tokens(model, counts), routing if given_routing else None
         for tiling in (Tiling(), Tiling(block_tokens=2, up_rows=3, down_rows=5), Tiling(granularity="token")):
-            result = run(
-                model,
-                weights_of(model),
-                tokens(model, counts),
-                tiling=tiling,
-                routing=routing if given_routing else None,
-            )
+            result = run(model, weights_of(model), x, tiling=tiling, routing=outside)
             seen.add(np.concatenate(result.outputs).tobytes())
     assert len(seen) == 1
 

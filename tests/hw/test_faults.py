@@ -1,0 +1,227 @@
+"""Launches that cannot go on: they end, they say who waits for what, and the layer works again."""
+
+import functools
+import time
+
+import numpy as np
+import pytest
+from layers import EIGHT, routing_from, skewed_routing, tokens
+
+from flashmoe.hw import Chaos, LaunchError, Layer
+from flashmoe.policy import Policy
+from flashmoe.schedule import ScheduleError, to_schedule
+from flashmoe.tasks import TaskTable, Tiling
+from flashmoe.trace import KINDS
+from flashmoe.weights import Weights
+
+DEADLINE_S = 0.3
+GRACE_S = 2.0
+COUNTS = [3, 2]
+QUEUES = ["push", "ticket", "domain_steal", "static_phase"]
+
+
+@functools.cache
+def weights():
+    return Weights.random(EIGHT, seed=5)
+
+
+def make_layer(policy="ticket", *, workers=2, ep_size=2, tiling=None):
+    return Layer(
+        EIGHT,
+        weights(),
+        ep_size=ep_size,
+        max_tokens=4,
+        workers=workers,
+        policy=policy,
+        tiling=tiling,
+        deadline_s=DEADLINE_S,
+    )
+
+
+def bits(result):
+    return [rows.tobytes() for rows in result.outputs]
+
+
+def fails_in_time(layer, x, **arguments):
+    start = time.monotonic()
+    with pytest.raises(LaunchError) as error:
+        layer(x, **arguments)
+    # the deadline is what is promised, not a speed
+    assert time.monotonic() - start < DEADLINE_S + GRACE_S
+    return error.value
+
+
+# ---- workers that fail to do their part
+
+
+@pytest.mark.parametrize("policy", QUEUES)
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_pe_that_never_arrives_is_named_by_who_waits_for_it(absent, policy):
+    layer, x = make_layer(policy), tokens(EIGHT, COUNTS)
+    before = bits(layer(x))
+    error = fails_in_time(layer, x, chaos=Chaos(absent_pe=absent))
+    message, fault = str(error), error.fault
+    assert message.startswith(f"PE {1 - absent} worker {fault['worker']}, epoch 2: waited 0.3")
+    assert f"for planned (the dispatch of PE {absent}, by epoch): seen 0, wanted 2" in message
+    assert fault["src"] == absent and fault["waited_s"] >= DEADLINE_S
+    assert fault["unfinished_pes"] == [0, 1]
+    assert fault["tasks_run"][2 * absent : 2 * absent + 2] == [0, 0] and f"PE {absent}: 0, 0" in message
+    assert bits(layer(x)) == before
+    assert layer.epochs == [1, 1]  # the workspace was reset
+
+
+def test_a_lone_pe_that_never_arrives():
+    layer, x = make_layer(ep_size=1), tokens(EIGHT, [3])
+    before = bits(layer(x))
+    assert "PE 0 did not finish" in str(fails_in_time(layer, x, chaos=Chaos(absent_pe=0)))
+    assert bits(layer(x)) == before
+
+
+@pytest.mark.parametrize("down", ["tile", "rows"])
+@pytest.mark.parametrize("policy", ["push", "ticket"])
+def test_a_worker_may_die_before_any_of_its_tasks(policy, down):
+    """One worker a PE does everything, in a known order: each kind of task is once the one that is not done."""
+    tiling = Tiling(down=down, gate_experts=8, up_rows=20, down_rows=24, combine_tokens=4)
+    layer, x = make_layer(policy, workers=1, tiling=tiling), tokens(EIGHT, COUNTS)
+    result = layer(x)
+    before, records = bits(result), result.trace.records
+    mine = np.sort(records[records["pe"] == 0], order="start_ps")
+    died_at = {}
+    for turn in range(len(mine)):
+        kind = KINDS[mine["kind"][turn]]
+        if kind in died_at:
+            continue
+        died_at[kind] = fails_in_time(layer, x, chaos=Chaos(dead_worker=(0, 0, turn)))
+        assert died_at[kind].fault["tasks_run"][0] == turn
+        assert f"PE 0: {turn}; PE 1: " in str(died_at[kind])
+        assert 0 in died_at[kind].fault["unfinished_pes"]
+        assert bits(layer(x)) == before
+    assert set(died_at) == {"gate", "route", "dispatch", "up", "down", "combine"}
+    for kind in ("gate", "route", "dispatch"):  # PE 1 cannot plan without PE 0
+        message = str(died_at[kind])
+        assert message.startswith("PE 1 worker 0, epoch ") and "planned (the dispatch of PE 0, by epoch)" in message
+    for kind in ("up", "down"):  # PE 1 has its plan, and tokens with experts on PE 0
+        message = str(died_at[kind])
+        assert message.startswith("PE 1 worker 0, epoch ") and "for result[" in message
+    # nobody waits for a combine, so no deadline need pass
+    assert str(died_at["combine"]).startswith("PE 0 did not finish: a worker stopped")
+    assert died_at["combine"].fault["unfinished_pes"] == [0]
+
+
+@pytest.mark.parametrize("policy", ["ticket", "domain_steal", "static_phase"])
+def test_a_waiting_worker_names_its_task_and_event(policy):
+    # one worker dies with a route in hand; the other of its PE waits with a dispatch or for the plan
+    x = tokens(EIGHT, COUNTS)
+    layer = make_layer(policy, tiling=Tiling(gate_experts=8, gate_tokens=1))
+    before = bits(layer(x))
+    for worker, after in ((0, 0), (1, 0), (0, 1), (1, 1), (1, 2)):
+        error = fails_in_time(layer, x, chaos=Chaos(dead_worker=(0, worker, after)))
+        message, fault = str(error), error.fault
+        assert f"PE {fault['pe']} worker {fault['worker']}, epoch " in message
+        assert f"seen {fault['seen']}, wanted {fault['wanted']}" in message and fault["seen"] != fault["wanted"]
+        if fault["task_id"] is not None:
+            assert f"with task {fault['task_id']} for " in message
+        assert bits(layer(x)) == before
+
+
+def test_push_names_what_the_empty_slot_waits_for():
+    """PE 0 has no token and no combine, but an expert of PE 1's token; its worker dies before the up task."""
+    layer = make_layer("push", tiling=Tiling(up_rows=20, down_rows=24))
+    idx, x = routing_from([[], [[0, 1, 2]]], 8), tokens(EIGHT, [0, 1])
+    before = bits(layer(x, routing=idx))
+    for worker in (0, 1):
+        error = fails_in_time(layer, x, routing=idx, chaos=Chaos(dead_worker=(0, worker, 1)))
+        assert error.fault["seen"] != error.fault["wanted"], str(error)
+        assert bits(layer(x, routing=idx)) == before
+
+
+def test_a_single_worker_that_dies_leaves_nobody_to_wait():
+    layer, x = make_layer(workers=1, ep_size=1), tokens(EIGHT, [3])
+    before = bits(layer(x))
+    for after in (0, 1, 5):
+        error = fails_in_time(layer, x, chaos=Chaos(dead_worker=(0, 0, after)))
+        assert str(error) == (
+            "PE 0 did not finish: a worker stopped, and nobody waited for its tasks; "
+            f"tasks run by each worker: PE 0: {after}"
+        )
+        assert bits(layer(x)) == before
+
+
+@pytest.mark.parametrize("policy", ["ancestor", *QUEUES, "expert_lpt"])
+def test_faults_at_random_places_leave_the_layer_usable(policy):
+    layer, x = make_layer(policy, workers=3), tokens(EIGHT, COUNTS)
+    routing = skewed_routing(EIGHT, COUNTS, seed=4, skew=1.0, dropped=0.2)
+    before = bits(layer(x, routing=routing))
+    rng = np.random.default_rng(3)
+    for seed in range(4):
+        dead = (int(rng.integers(2)), int(rng.integers(3)), int(rng.integers(6)))
+        chaos = Chaos(max_delay_us=50, dead_worker=dead)
+        try:
+            layer(x, routing=routing, chaos=chaos, seed=seed)
+        except LaunchError as error:
+            assert "PE" in str(error)
+        assert bits(layer(x, routing=routing)) == before
+
+
+# ---- replays
+
+
+def replayed(policy="ticket", workers=2):
+    """A layer that replays a schedule, its inputs, its routing and the schedule itself."""
+    routing = skewed_routing(EIGHT, COUNTS, seed=1, skew=1.0, dropped=0.0)
+    x = tokens(EIGHT, COUNTS)
+    replay = Policy.from_trace(make_layer(policy, workers=workers)(x, routing=routing).trace)
+    table = TaskTable(EIGHT, routing, replay.tiling, gate=False)
+    return x, routing, table, to_schedule(replay, table, workers)
+
+
+def replay_of(schedule, table, look_ahead=0):
+    return Policy(
+        name="mine", queue="replay", replay=schedule, replay_digests=table.plan_digests, look_ahead=look_ahead
+    )
+
+
+def test_bad_lists_are_refused_before_the_launch():
+    x, routing, table, schedule = replayed()
+    missing = [[ids.copy() for ids in pe] for pe in schedule]
+    gone = missing[1][0].pop(3)
+    doubled = [[ids.copy() for ids in pe] for pe in schedule]
+    doubled[0][1].append(doubled[0][0][0])
+    backwards = [[ids[::-1] for ids in pe] for pe in schedule]
+    for lists, named in (
+        (missing, f"task {gone} of PE 1: .*in no worker's list"),
+        (doubled, f"task {schedule[0][0][0]} of PE 0: .*listed twice"),
+        (backwards, r"deadlock: .*\n(.*\n)*PE \d worker \d holds task \d+ .* seen \d+, wanted \d+"),
+    ):
+        layer = make_layer(replay_of(lists, table))
+        with pytest.raises(ScheduleError, match=named):
+            layer(x, routing=routing)
+        assert layer.epochs == [0, 0]
+    layer = make_layer(replay_of(schedule, table))
+    assert bits(layer(x, routing=routing)) == bits(make_layer()(x, routing=routing))
+
+
+def test_a_list_for_another_routing_is_refused_before_the_launch():
+    x, routing, table, schedule = replayed()
+    layer = make_layer(replay_of(schedule, table))
+    before = bits(layer(x, routing=routing))
+    other = skewed_routing(EIGHT, COUNTS, seed=2, skew=1.0, dropped=0.0)
+    with pytest.raises(ScheduleError, match=r"'mine' was made for another routing: tokens per expert differ on PE \d"):
+        layer(x, routing=other)
+    assert bits(layer(x, routing=routing)) == before
+
+
+def test_a_gate_that_chooses_otherwise_than_expected_ends_the_launch(monkeypatch):
+    """The list was made for what the gate should choose; the plan's builder compares when it knows."""
+    x, _, table, _ = replayed()
+    by_rank = Policy(name="mine", queue="static", rank=lambda task: 0)
+    layer = make_layer(by_rank)
+    before = bits(layer(x))
+    wrong = skewed_routing(EIGHT, COUNTS, seed=9, skew=0.0, dropped=0.0)
+    monkeypatch.setattr(layer, "_expected_routing", lambda tokens: wrong)
+    error = fails_in_time(layer, x)
+    assert "the replayed schedule was made for another routing" in str(error)
+    assert error.fault["wanted"] in TaskTable(EIGHT, wrong, by_rank.tiling).plan_digests
+    assert error.fault["seen"] not in table.plan_digests
+    monkeypatch.undo()
+    assert bits(layer(x)) == before
