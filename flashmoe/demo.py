@@ -328,7 +328,12 @@ def plot_policies(simulated: Simulated, ax: Axes) -> Axes:
     ax.bar_label(bars, [f"{time:.0f} µs" for time in times_us], padding=4)
     rows = np.arange(len(names))
     ax.vlines(
-        bounds_us, rows - 0.4, rows + 0.4, color="#D55E00", linewidth=2.5, label="lower bound: no schedule of these tasks is faster"
+        bounds_us,
+        rows - 0.4,
+        rows + 0.4,
+        color="#D55E00",
+        linewidth=2.5,
+        label="lower bound: no schedule of these tasks is faster",
     )
     ax.invert_yaxis()  # the first policy on top
     ax.set_xlim(0, 1.12 * max(times_us))

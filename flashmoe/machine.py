@@ -81,6 +81,8 @@ class Machine:
     def __post_init__(self) -> None:
         for key, unit in parameter_units().items():
             _check(key, getattr(self, key), unit)
+        if self.num_cores > 0 and self.prefetch:
+            raise ValueError("prefetch=True with num_cores > 0 (must be False: only a running thread loads anything)")
         if self.num_domains > self.num_cus:
             raise ValueError(f"num_domains={self.num_domains} (must be at most num_cus={self.num_cus})")
 

@@ -178,9 +178,7 @@ def test_names_and_order_of_tracks(tmp_path: Path) -> None:
     metadata = [event for event in written(trace, tmp_path) if event["ph"] == "M"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in metadata if e["name"] == "thread_name"}
     assert names[0, 3] == "worker 3, XCD 1"
-    assert [e["args"]["name"] for e in metadata if e["name"] == "process_name"] == [
-        "PE 0 (simulated, mi300x)"
-    ]
+    assert [e["args"]["name"] for e in metadata if e["name"] == "process_name"] == ["PE 0 (simulated, mi300x)"]
     order = {e["tid"]: e["args"]["sort_index"] for e in metadata if e["name"] == "thread_sort_index"}
     assert sorted(order, key=lambda tid: order[tid]) == [0, 2, 1, 3]  # XCD 0, then XCD 1
 

@@ -170,8 +170,7 @@ def test_joined_tasks_of_another_kind_are_left_out_of_the_errors() -> None:
     result = compare(left, right)
     assert (result.matched, result.by_kind["up"]["count"]) == (2, 1)
     assert result.warnings == [
-        "1 joined tasks are of another kind on the right, first: PE 0 task 1 (up) is down there; "
-        "not in by_kind"
+        "1 joined tasks are of another kind on the right, first: PE 0 task 1 (up) is down there; not in by_kind"
     ]
 
 

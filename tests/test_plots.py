@@ -120,9 +120,7 @@ def test_rows_of_one_xcd_lie_together() -> None:
 
 def test_many_rows_are_named_by_xcd() -> None:
     ax = plot_timeline(layer_trace(ep_size=2, num_workers=40, num_domains=4), new_ax())
-    assert [label.get_text() for label in ax.get_yticklabels(minor=True)] == [
-        f"XCD {d}" for d in range(4)
-    ] * 2
+    assert [label.get_text() for label in ax.get_yticklabels(minor=True)] == [f"XCD {d}" for d in range(4)] * 2
     # a collection a colour (6 kinds, waiting, three for the critical path), never an artist a task
     assert len(ax.collections) <= 10
     assert len(ax.patches) == 0
@@ -175,9 +173,7 @@ def test_hbm_by_hand() -> None:
     assert ax.get_ylabel() == "HBM traffic\nof 2 PEs [GB/s]"
     assert legend(ax) == ["all kinds", "ceiling 6 GB/s"]
     per_pe = plot_hbm(small_trace(), new_ax(), per_pe=True, ceiling_bytes_per_ns=3.0)
-    np.testing.assert_allclose(
-        steps(per_pe)[1].values, np.where((middle > 2) & (middle < 6), 1, 0), atol=1e-9
-    )
+    np.testing.assert_allclose(steps(per_pe)[1].values, np.where((middle > 2) & (middle < 6), 1, 0), atol=1e-9)
     assert legend(per_pe) == ["PE 0", "PE 1", "ceiling 3 GB/s"]
 
 
@@ -195,9 +191,7 @@ def test_comparison_draws_each_matched_task() -> None:
     assert ax.get_ylabel() == "simulated duration of a task [µs]"
 
 
-@pytest.mark.parametrize(
-    ("makespan_ps", "unit"), [(19 * 10**9, "µs"), (21 * 10**9, "ms"), (21 * 10**12, "s")]
-)
+@pytest.mark.parametrize(("makespan_ps", "unit"), [(19 * 10**9, "µs"), (21 * 10**9, "ms"), (21 * 10**12, "s")])
 def test_long_runs_get_a_larger_unit(makespan_ps: int, unit: str) -> None:
     ax = plot_timeline(make_trace([{"end_ps": makespan_ps}]), new_ax())
     assert ax.get_xlabel() == f"time since launch [{unit}]"

@@ -85,9 +85,7 @@ def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
         "link_bytes": 2**53 + 1, "ready_ps": -7, "start_ps": 2**62, "end_ps": 2**62 + 1,
         "kind": "expert", "task_id": 2**32 - 1,
     }  # fmt: skip
-    trace = make_trace(
-        [extremes, {"end_ps": 5}], [1, 0], bounds_ps={"hbm": 0.1 + 0.2}, machine="µ-machine", drops=None
-    )
+    trace = make_trace([extremes, {"end_ps": 5}], [1, 0], bounds_ps={"hbm": 0.1 + 0.2}, machine="µ-machine", drops=None)
     trace.save(tmp_path / name)
     loaded = Trace.load(tmp_path / name)
     assert loaded.records.dtype == TRACE_DTYPE
@@ -124,9 +122,7 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
         Trace.load(path)
 
     def save_with(header: str, dtype: Any = TRACE_DTYPE) -> None:
-        np.savez(
-            path, records=np.zeros(1, dtype), critical_path=np.zeros(0, np.int64), header=np.array(header)
-        )
+        np.savez(path, records=np.zeros(1, dtype), critical_path=np.zeros(0, np.int64), header=np.array(header))
 
     header = make_trace([]).header
     save_with("{")

@@ -57,9 +57,7 @@ def layer_trace(
         ("down", 16 * tiles, 9_000, False, 3_145_728 // tiles),
         ("combine", 8, 1_200, True, 0),
     ]
-    free = [
-        [(int(rng.integers(500, 3_000)), worker) for worker in range(num_workers)] for _ in range(ep_size)
-    ]
+    free = [[(int(rng.integers(500, 3_000)), worker) for worker in range(num_workers)] for _ in range(ep_size)]
     for heap in free:
         heapq.heapify(heap)
     phase_end = np.zeros(ep_size, np.int64)

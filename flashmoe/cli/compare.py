@@ -12,7 +12,6 @@ from flashmoe.cli.screen import check_writable, out, print_json, print_written, 
 from flashmoe.cli.simulate import FIGURES
 from flashmoe.trace import Trace
 
-
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "flashmoe compare simulated.npz measured.npz\n\n"

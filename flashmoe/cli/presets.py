@@ -12,7 +12,6 @@ from flashmoe.cli.screen import as_bytes, out, print_table, progress, say
 from flashmoe.machine import Machine, parameter_meanings, parameter_units, preset_names
 from flashmoe.model import MODEL_PRESETS, MoEModel
 
-
 EXAMPLES = "[bold]Examples[/bold]\n\nflashmoe presets\n\nflashmoe presets mi300x\n\nflashmoe presets qwen3-30b-a3b"
 
 

@@ -25,7 +25,7 @@ from flashmoe.cli.screen import (
     skew_in_words,
 )
 from flashmoe.model import MoEModel
-from flashmoe.policy import Policy
+from flashmoe.policy import Policy, policy_names, resolve
 from flashmoe.routing import Routing
 from flashmoe.tasks import KINDS
 from flashmoe.trace import Trace
@@ -66,7 +66,9 @@ def run(
             "[dim]default: gate[/dim]"
         ),
     ] = None,
-    policy: inputs.PolicyName = "ticket",
+    policy: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(policy_names())}. [dim]default: ticket[/dim]")
+    ] = None,
     granularity: inputs.Granularity = None,
     down: inputs.Down = None,
     replay: Annotated[
@@ -98,9 +100,9 @@ def run(
         raise ValueError(f"backend={backend!r} (accepted: {', '.join(BACKENDS)})")
     if model is not None and checkpoint is not None:
         raise ValueError("--model and --checkpoint are both given (accepted: one of them)")
-    trace = None if replay is None else Trace.load(replay)
-    if trace is not None and (granularity or down):
-        raise ValueError("--granularity and --down cannot change a schedule (accepted without --replay)")
+    if replay is not None and (policy or granularity or down):
+        raise ValueError("--policy, --granularity and --down cannot change a schedule (accepted without --replay)")
+    trace = None if replay is None else _load_schedule(replay)
     known = {} if trace is None else trace.header
     seed = int(known.get("seed", 0)) if seed is None else seed
     sizes = _model(model, checkpoint, dtype, known)
@@ -115,11 +117,13 @@ def run(
         given = inputs.make_routing(text, sizes, counts, pes, seed, default=(4, 2))
         pes, counts = given.ep_size, list(given.num_tokens)
     sizes.experts_per_pe(pes)
-    chosen: str | Policy = policy if trace is None else _policy_of(trace, given)
-    tiling = inputs.choose_tiling(policy, granularity, down)
-
-    weights = _weights(sizes, checkpoint, layer, seed)
+    if trace is None:
+        name = policy or "ticket"
+        chosen = resolve(name, inputs.choose_tiling(name, granularity, down))
+    else:
+        chosen = _policy_of(trace, given)
     x = random_tokens(sizes, [counts] * pes if isinstance(counts, int) else counts, seed)
+    weights = _weights(sizes, checkpoint, layer, seed)
     with progress(f"computing on {pes} x {workers} threads"):
         result = launch(
             sizes,
@@ -128,7 +132,6 @@ def run(
             backend=backend,
             workers=workers,
             policy=chosen,
-            tiling=tiling,
             routing=given,
             seed=seed,
             deadline_s=deadline,
@@ -196,6 +199,14 @@ def _model(name: str | None, checkpoint: Path | None, dtype: str | None, known: 
         model = MoEModel(**known["model"])
         return model if dtype is None else replace(model, dtype=dtype)
     return inputs.load_model(name or "qwen3-30b-a3b", dtype)
+
+
+def _load_schedule(path: Path) -> Trace:
+    trace = Trace.load(path)
+    needed = ("model", "num_tokens", "routing_name", "policy", "tiling", "plan_digests")
+    if missing := [key for key in needed if key not in trace.header]:
+        raise ValueError(f"{path}: no schedule to repeat, its header lacks {', '.join(missing)}")
+    return trace
 
 
 def _policy_of(trace: Trace, routing: Routing | None) -> Policy:

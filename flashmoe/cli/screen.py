@@ -91,7 +91,7 @@ def check_writable(path: Path | None, suffixes: Sequence[str] = ()) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", num_names: int = 1) -> None:
     """A table whose first num_names columns are words, to the left, and whose others are numbers."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", pad_edge=False, box=None)
+    table = Table(pad_edge=False, box=None, show_header=any(columns))
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < num_names else "right", header_style="bold dim")
     for row in rows:

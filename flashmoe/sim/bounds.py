@@ -107,10 +107,9 @@ def _critical_path_ps(table: TaskTable, machine: Machine, costs: Costs) -> int:
         plan_ps = event_ps[planned[pe[row]]] if kind[row] in PLANNED_KINDS else 0.0
         inputs_ps = max((event_ps[event] for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]), default=0.0)
         start_ps = max(reached_ps, inputs_ps)
-        if costs.early:  # the next task of a chain streams as soon as the one before has its weights
-            weights_from_ps = max(weights_ps[row - 1] if inside_chain[row] else 0.0, plan_ps)
-        else:
-            weights_from_ps = start_ps
+        # with prefetch the next task of a chain streams as soon as the one before has its weights
+        streams_from_ps = max(weights_ps[row - 1] if inside_chain[row] else 0.0, plan_ps)
+        weights_from_ps = streams_from_ps if costs.early else start_ps
         weights_ps[row] = weights_from_ps + stream_ps[row]
         end_ps[row] = max(start_ps + compute_ps[row], weights_ps[row]) + after_ps[row]
         if row + 1 < len(tasks) and inside_chain[row + 1]:

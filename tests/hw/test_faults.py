@@ -1,6 +1,8 @@
 """Launches that cannot go on: they end, they say who waits for what, and the layer works again."""
 
 import functools
+import itertools
+import re
 import time
 
 import numpy as np
@@ -108,31 +110,54 @@ def test_a_worker_may_die_before_any_of_its_tasks(policy, down):
     assert died_at["combine"].fault["unfinished_pes"] == [0]
 
 
-@pytest.mark.parametrize("policy", ["ticket", "domain_steal", "static_phase"])
-def test_a_waiting_worker_names_its_task_and_event(policy):
-    # one worker dies with a route in hand; the other of its PE waits with a dispatch or for the plan
-    x = tokens(EIGHT, COUNTS)
-    layer = make_layer(policy, tiling=Tiling(gate_experts=8, gate_tokens=1))
+# Three tokens of one PE, each for experts 0, 1 and 2. Ids: 3 4 5 route, 6 7 8 up, 9 10 11 down, 12 13 14 combine;
+# static: worker 0 has the odd ones, worker 1 the even ones.
+@pytest.mark.parametrize(
+    ("after", "waits"),
+    [
+        (1, "with no task yet for planned (its own PE's tokens routed): seen 2, wanted 3"),  # no route 5
+        (2, "with task 10 for upped[1]: seen 0, wanted 1"),  # no up 7
+        (3, "with task 12 for result[0]: seen 0, wanted 2"),  # no down 9; results carry their epoch
+    ],
+)
+def test_the_report_names_task_event_seen_and_wanted(after, waits):
+    tiling = Tiling(gate_experts=8, gate_tokens=1, up_rows=20, down_rows=24)
+    layer, x = make_layer("static_phase", ep_size=1, tiling=tiling), tokens(EIGHT, [3])
+    routing = routing_from([[[0, 1, 2]] * 3], 8)
+    before = bits(layer(x, routing=routing))
+    error = fails_in_time(layer, x, routing=routing, chaos=Chaos(dead_worker=(0, 0, after)))
+    # worker 1 ran its route and ups, and down 10 if it could
+    ran = f"tasks run by each worker: PE 0: {after}, {[0, 1, 3, 4][after]}"
+    assert re.fullmatch(rf"PE 0 worker 1, epoch 2: waited 0\.3\d* s {re.escape(f'{waits}; {ran}')}", str(error))
+    assert bits(layer(x, routing=routing)) == before
+
+
+def test_a_gate_that_is_not_computed():
+    # ids 0 1 2 gate, 3 4 5 route; worker 0 should have run gates 0 and 2
+    tiling = Tiling(gate_experts=8, gate_tokens=1)
+    layer, x = make_layer("static_phase", ep_size=1, tiling=tiling), tokens(EIGHT, [3])
     before = bits(layer(x))
-    for worker, after in ((0, 0), (1, 0), (0, 1), (1, 1), (1, 2)):
-        error = fails_in_time(layer, x, chaos=Chaos(dead_worker=(0, worker, after)))
-        message, fault = str(error), error.fault
-        assert f"PE {fault['pe']} worker {fault['worker']}, epoch " in message
-        assert f"seen {fault['seen']}, wanted {fault['wanted']}" in message and fault["seen"] != fault["wanted"]
-        if fault["task_id"] is not None:
-            assert f"with task {fault['task_id']} for " in message
-        assert bits(layer(x)) == before
+    error = fails_in_time(layer, x, chaos=Chaos(dead_worker=(0, 0, 0)))
+    assert "PE 0 worker 1, epoch 2: waited 0.3" in str(error)
+    assert "s with task 3 for gated[0]: seen 0, wanted 1; tasks run by each worker: PE 0: 0, 1" in str(error)
+    assert error.fault["task_id"] == 3 and (error.fault["seen"], error.fault["wanted"]) == (0, 1)
+    assert bits(layer(x)) == before
 
 
-def test_push_names_what_the_empty_slot_waits_for():
-    """PE 0 has no token and no combine, but an expert of PE 1's token; its worker dies before the up task."""
+def test_push_never_waits_for_what_is_there():
+    """PE 0 has no tokens and so no combine, but experts of PE 1's token: somebody waits for an empty slot."""
     layer = make_layer("push", tiling=Tiling(up_rows=20, down_rows=24))
-    idx, x = routing_from([[], [[0, 1, 2]]], 8), tokens(EIGHT, [0, 1])
-    before = bits(layer(x, routing=idx))
-    for worker in (0, 1):
-        error = fails_in_time(layer, x, routing=idx, chaos=Chaos(dead_worker=(0, worker, 1)))
+    routing, x = routing_from([[], [[0, 1, 2]]], 8), tokens(EIGHT, [0, 1])
+    before, errors = bits(layer(x, routing=routing)), []
+    for worker, seed in itertools.product((0, 1), range(3)):
+        try:  # which worker gets which task is a matter of timing
+            layer(x, routing=routing, seed=seed, chaos=Chaos(max_delay_us=200, dead_worker=(0, worker, 1)))
+        except LaunchError as error:
+            errors.append(error)
+        assert bits(layer(x, routing=routing)) == before
+    assert errors
+    for error in errors:
         assert error.fault["seen"] != error.fault["wanted"], str(error)
-        assert bits(layer(x, routing=idx)) == before
 
 
 def test_a_single_worker_that_dies_leaves_nobody_to_wait():
@@ -153,7 +178,7 @@ def test_faults_at_random_places_leave_the_layer_usable(policy):
     routing = skewed_routing(EIGHT, COUNTS, seed=4, skew=1.0, dropped=0.2)
     before = bits(layer(x, routing=routing))
     rng = np.random.default_rng(3)
-    for seed in range(4):
+    for seed in range(2):
         dead = (int(rng.integers(2)), int(rng.integers(3)), int(rng.integers(6)))
         chaos = Chaos(max_delay_us=50, dead_worker=dead)
         try:

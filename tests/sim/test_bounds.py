@@ -55,11 +55,21 @@ def test_links_of_a_switch_add_up_at_a_port():
     assert lower_bounds(table, plain_machine(link_topology="switch"), 1)["links"] == pytest.approx(200_000, abs=1)
 
 
-def test_shared_memory_bounds_all_work_of_all_pes():
+def test_a_host_is_bound_by_its_one_memory_and_its_cores():
     table = HandTable(num_pes=2)
     for pe in (0, 1):
-        table.task("up", pe=pe, flops=10)  # the bytes of 10 ns: 100 each
-    assert lower_bounds(table, plain_machine(shared_memory=True), 1)["hbm"] == pytest.approx(2_000, abs=1)
+        table.task("up", pe=pe, weights=10, flops=10)
+    bounds = lower_bounds(table, plain_machine(num_cores=1, prefetch=False), 1)
+    assert bounds["hbm"] == pytest.approx(200, abs=1)  # 20 bytes at 100 bytes/ns
+    assert bounds["workers"] == pytest.approx(20_000, abs=1)  # both tasks on one core
+
+
+def test_the_stages_of_a_chain_overlap():
+    table = HandTable(down="rows")
+    table.task("down", weights=40, flops=1, chain=2)  # 4 ns of weights
+    table.task("down", weights=40, flops=1, chain=0)
+    assert lower_bounds(table, plain_machine(), 1)["longest_task"] == pytest.approx(8_000, abs=1)
+    assert run_simpy(table, plain_machine(), HandPolicy(), 1)["end_ps"].tolist() == [4_000, 8_000]
 
 
 def test_no_tasks_no_bound():
@@ -136,13 +146,13 @@ def random_layer(seed: int, num_pes: int, down: str) -> HandTable:
     down=st.sampled_from(["tile", "rows"]),
     prefetch=st.booleans(),
     topology=st.sampled_from(["mesh", "switch"]),
-    shared=st.booleans(),
+    on_host=st.booleans(),
 )
-def test_no_schedule_beats_its_bounds(seed, num_pes, workers, queue, look_ahead, down, prefetch, topology, shared):
+def test_no_schedule_beats_its_bounds(seed, num_pes, workers, queue, look_ahead, down, prefetch, topology, on_host):
     machine = plain_machine(
         num_domains=2,
         hbm_bytes_per_ns=25.0,
-        prefetch=prefetch,
+        prefetch=prefetch and not on_host,
         ticket_service_ps=30,
         ticket_far_ps=40,
         ticket_far_service_ps=90,
@@ -154,7 +164,10 @@ def test_no_schedule_beats_its_bounds(seed, num_pes, workers, queue, look_ahead,
         store_bytes_per_ns=7.0,
         up_overhead_ps=123,
         route_overhead_ps=456,
-        shared_memory=shared,
+        num_cores=2 if on_host else 0,
+        slice_ps=900,
+        gap_ps=11,
+        launch_step_ps=60,
     )
     table = random_layer(seed, num_pes, down)
     policy = HandPolicy(queue=queue, look_ahead=look_ahead)

@@ -48,28 +48,71 @@ def test_more_workers_than_the_memory_feeds_share_it():
     assert run(streams([10] * 20), workers=20)["end_ps"].tolist() == [2_000] * 20
 
 
-def test_pes_have_their_own_memory_unless_it_is_shared():
+def test_pes_have_their_own_memory_unless_they_share_a_host():
     apart = run(streams([10] * 10, num_pes=2), workers=10)
     assert set(apart["end_ps"].tolist()) == {1_000}
-    together = run(streams([10] * 10, num_pes=2), plain_machine(shared_memory=True), workers=10)
+    together = run(streams([10] * 10, num_pes=2), host(num_cores=20), workers=10)
     assert set(together["end_ps"].tolist()) == {2_000}
-
-
-def test_shared_memory_counts_arithmetic_as_the_bytes_of_the_same_time():
-    # one core's worth of channel: two workers that compute 2 ns each take 4 ns together
-    table = HandTable()
-    table.task("up", flops=2)
-    table.task("up", flops=2)
-    machine = plain_machine(shared_memory=True, hbm_bytes_per_ns=10.0)
-    assert run(table, machine, workers=2)["end_ps"].tolist() == [4_000, 4_000]
 
 
 def test_a_task_takes_the_slower_of_weights_and_arithmetic_then_its_fixed_part():
     table = HandTable()
     table.task("up", weights=10, flops=3)  # 1 ns of weights, 3 ns of arithmetic
     table.task("up", weights=50, flops=3, io=4)  # 5 ns of weights, 4 ns of activations
-    records = run(table, plain_machine(up_overhead_ps=70))
+    records = run(table, plain_machine(up_overhead_ps=70, prefetch=False))
     assert records["end_ps"].tolist() == [3_070, 8_140]
+
+
+def test_the_next_weights_stream_while_a_task_runs():
+    table = HandTable()
+    table.task("up", weights=10, flops=3)
+    table.task("up", weights=50, flops=3, io=4)
+    records = run(table, plain_machine(up_overhead_ps=70))
+    # the first weights are there at 1 ns: then the second pick is taken, and its weights are there at 6 ns
+    assert records["ticket_ps"].tolist() == [0, 1_000]
+    assert records["start_ps"].tolist() == [0, 3_070]
+    assert records["end_ps"].tolist() == [3_070, 3_070 + 4_000 + 70]
+
+
+# --- hosts
+
+
+def host(**overrides):
+    return plain_machine(prefetch=False, **{"num_cores": 1, **overrides})
+
+
+def arithmetic(flops):
+    table = HandTable()
+    for count in flops:
+        table.task("up", flops=count)
+    return table
+
+
+def test_workers_without_a_core_wait_for_one():
+    assert run(arithmetic([2, 2]), host(), workers=2)["end_ps"].tolist() == [2_000, 4_000]
+    assert run(arithmetic([2, 2]), host(num_cores=2), workers=2)["end_ps"].tolist() == [2_000, 2_000]
+
+
+def test_a_worker_keeps_its_core_for_a_slice():
+    # worker 0 has tasks 0 and 2
+    assert run(arithmetic([2] * 4), host(slice_ps=1_000), workers=2)["end_ps"].tolist() == [2_000, 4_000, 6_000, 8_000]
+    assert run(arithmetic([2] * 4), host(slice_ps=5_000), workers=2)["end_ps"].tolist() == [2_000, 6_000, 4_000, 8_000]
+
+
+def test_who_waits_for_an_input_needs_no_core():
+    records = run(waiting_table(), host(signal_ps=500), workers=2)
+    # 5 ns of up; then the input is seen; 3 ns of weights, which nobody loaded before
+    assert records["start_ps"].tolist() == [0, 5_500]
+    assert records["end_ps"].tolist() == [5_000, 8_500]
+
+
+def test_bookkeeping_lies_between_tasks():
+    assert run(arithmetic([1, 1]), host(gap_ps=100))["start_ps"].tolist() == [0, 1_100]
+
+
+def test_workers_start_one_after_the_other():
+    records = run(arithmetic([1, 1, 1]), plain_machine(launch_step_ps=50), workers=3)
+    assert records["start_ps"].tolist() == [0, 50, 100]
 
 
 # --- waiting
@@ -141,7 +184,7 @@ def test_a_chain_runs_in_order_without_returning_to_the_queue():
     records = run(table, workers=3, queue="ticket")
     assert records["start_ps"].tolist() == [0, 0, 1_000, 9_000, 1_000]
     assert records["worker"].tolist() == [0, 1, 2, 2, 0]
-    assert records["ticket_ps"][3] == 3_000  # reached when the task before ended
+    assert records["ticket_ps"][3] == 1_000  # reached when the task before it had its weights, of which it has none
 
 
 # --- queues
@@ -210,7 +253,7 @@ def test_without_look_ahead_a_worker_waits_for_its_oldest_pick():
 
 
 def test_look_ahead_runs_what_is_ready_meanwhile():
-    records = run(look_ahead_table(), workers=2, queue="ticket", look_ahead=1)
+    records = run(look_ahead_table(), plain_machine(prefetch=False), workers=2, queue="ticket", look_ahead=1)
     assert records["worker"].tolist() == [0, 1, 1, 1]
     # worker 1 holds the route from 0 on, takes the gate, and once that is done the up
     assert records["ticket_ps"].tolist() == [0, 0, 0, 1_000]
@@ -279,10 +322,10 @@ def test_push_with_one_worker_runs_in_the_order_of_pushing():
 def test_push_pays_a_fetch_and_add_for_each_append_and_each_ticket():
     machine = plain_machine(ticket_service_ps=100, ticket_ps=20)
     records = run(push_table(), machine, queue="push")
-    # 2 appends at launch, then the ticket
-    assert records["ticket_ps"][0] == 360
-    # task 0 ends at 1360, appends route 2 until 1480, ticket until 1600
-    assert records["ticket_ps"][1] == 1_600
+    # one append for both tasks at launch, then the ticket
+    assert records["ticket_ps"][0] == 240
+    # task 0 ends at 1240, appends route 2 until 1360, ticket until 1480
+    assert records["ticket_ps"][1] == 1_480
 
 
 def test_push_shows_a_slot_to_other_workers_a_signal_later():
