@@ -341,9 +341,9 @@ def plot_policies(simulated: Simulated, ax: Axes) -> Axes:
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     first = traces[0]
-    tokens = first.header["num_tokens"][0]
+    layer = f"{first.header['model']['name']}, {first.header['num_tokens'][0]} tokens per PE"
     ax.set_title(
-        f"simulated, {first.header['model']['name']}, {tokens} tokens per PE, EP {first.num_pes} on {simulated.machine.name},\n"
+        f"simulated, {layer}, EP {first.num_pes} on {simulated.machine.name},\n"
         f"routing {simulated.routing.name}, seed {first.header['seed']}",
         loc="left",
         fontsize=10,

@@ -8,6 +8,7 @@ import numpy as np
 
 from flashmoe.policy import Policy
 from flashmoe.tasks import TaskTable
+from flashmoe.trace import KINDS
 
 Schedule = list[list[list[int]]]  # [pe][worker][turn]: first tasks of picks
 
@@ -43,7 +44,7 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
         ]
     else:
         schedule = [[ids[w::num_workers].tolist() for w in range(num_workers)] for ids in policy.picks(table)]
-    check_schedule(table, schedule, num_workers)
+    check_schedule(table, schedule, num_workers, policy.look_ahead)
     return schedule
 
 
@@ -59,10 +60,14 @@ def _heads(table: TaskTable, pe: int) -> list[int]:
     return mine["task_id"][mine["chain"] > 0].tolist()  # type: ignore[no-any-return]
 
 
-def check_schedule(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], num_workers: int) -> None:
+def check_schedule(
+    table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], num_workers: int, look_ahead: int = 0
+) -> None:
     """Raises ScheduleError, with a counterexample, unless every pick is run exactly once and none waits for ever.
 
-    Workers are taken to run their lists strictly in order; looking ahead can only help.
+    A worker runs its list in order; past a pick that waits for its own PE it may take `look_ahead` more. Not so where
+    picks are chains: whether a worker looks past a chain or waits inside it is a matter of timing, so their schedules
+    must do without.
     """
     if len(schedule) != table.num_pes:
         raise ScheduleError(f"schedule for {len(schedule)} PEs (the layer has {table.num_pes})")
@@ -70,7 +75,7 @@ def check_schedule(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]]
         if len(workers) != num_workers:
             raise ScheduleError(f"PE {pe}: lists for {len(workers)} workers (there are {num_workers})")
         _check_complete(table, pe, workers)
-    _check_progress(table, schedule)
+    _check_progress(table, schedule, 0 if (table.tasks["chain"] > 1).any() else look_ahead)
 
 
 def _check_complete(table: TaskTable, pe: int, workers: Sequence[Sequence[int]]) -> None:
@@ -100,15 +105,21 @@ def _check_complete(table: TaskTable, pe: int, workers: Sequence[Sequence[int]])
         )
 
 
-def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Plays the schedule without time: every worker as far as it gets, woken by the events that it waits for."""
+def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]], look_ahead: int) -> None:
+    """Plays the schedule without time: every worker as far as it gets, woken by the events that it waits for.
+
+    Whoever goes first, all get equally far: running a task never makes another one unready.
+    """
+    route, dispatch, down = (KINDS.index(kind) for kind in ("route", "dispatch", "down"))
+    kind = table.tasks["kind"]
     count = np.zeros(len(table.event_target), np.int64)
     sleepers: dict[int, list[tuple[int, int]]] = {}  # event -> workers that wait for it
-    rows = {
+    todo = {
         (pe, worker): iter([row for task in tasks for row in _chain(table, table.row(pe, task))])
         for pe, workers in enumerate(schedule)
         for worker, tasks in enumerate(workers)
     }
+    hands: dict[tuple[int, int], list[int]] = {who: [] for who in todo}  # rows that a worker holds, oldest first
 
     def first_missing(row: int) -> int | None:
         for event in table.wait_event[int(table.wait_ptr[row]) : int(table.wait_ptr[row + 1])]:
@@ -116,28 +127,44 @@ def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]
                 return int(event)
         return None
 
-    held = {who: next(todo, None) for who, todo in rows.items()}
-    awake = list(rows)
+    def waits_for_own_pe(row: int) -> bool:
+        planned = table.planned_event[table.tasks["pe"][row]]
+        # before the plan the id of a down is only a number
+        is_known = kind[row] != down or count[planned] >= table.event_target[planned]
+        return kind[row] in (route, dispatch, down) and bool(is_known)
+
+    awake = list(todo)
     while awake:
         who = awake.pop()
-        while (row := held[who]) is not None:
-            if (event := first_missing(row)) is not None:
+        hand = hands[who]
+        while True:
+            blocked = [first_missing(row) for row in hand]
+            if None in blocked:
+                row = hand.pop(blocked.index(None))
+                for signal in table.signal_event[int(table.signal_ptr[row]) : int(table.signal_ptr[row + 1])]:
+                    count[signal] += 1
+                    if count[signal] == table.event_target[signal]:
+                        awake.extend(sleepers.pop(int(signal), []))
+                continue
+            may_take = not hand or (len(hand) <= look_ahead and waits_for_own_pe(hand[0]))
+            if may_take and (following := next(todo[who], None)) is not None:
+                hand.append(following)
+                continue
+            events = {event for event in blocked if event is not None}
+            if hand and kind[hand[0]] == down:
+                events.add(int(table.planned_event[who[0]]))  # which may let it look further
+            for event in events:
                 sleepers.setdefault(event, []).append(who)
-                break
-            for signal in table.signal_event[int(table.signal_ptr[row]) : int(table.signal_ptr[row + 1])]:
-                count[signal] += 1
-                if count[signal] == table.event_target[signal]:
-                    awake.extend(sleepers.pop(int(signal), []))
-            held[who] = next(rows[who], None)
-    stuck = {who: row for who, row in held.items() if row is not None}
+            break
+    stuck = {who: hand[0] for who, hand in hands.items() if hand}
     if stuck:
         lines = []
         for (pe, worker), row in sorted(stuck.items())[:8]:
-            event = first_missing(row)
-            assert event is not None
+            missing = first_missing(row)
+            assert missing is not None
             lines.append(
                 f"PE {pe} worker {worker} holds {table.describe(row)}, which waits for "
-                f"{table.describe_event(event)}: seen {count[event]}, wanted {table.event_target[event]}"
+                f"{table.describe_event(missing)}: seen {count[missing]}, wanted {table.event_target[missing]}"
             )
         raise ScheduleError(f"deadlock: {len(stuck)} workers would wait for ever\n" + "\n".join(lines))
 

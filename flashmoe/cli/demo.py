@@ -56,9 +56,8 @@ def demo(
     with progress("drawing") as tick:
         files = steps.write_files(folder, simulated, hosted, tick)
     _print_files(folder, files)
-    say(
-        f"\n{time.perf_counter() - began:.0f} s in all. Next: flashmoe simulate --help, and notebooks/01-quickstart.ipynb."
-    )
+    seconds = time.perf_counter() - began
+    say(f"\n{seconds:.0f} s in all. Next: flashmoe simulate --help, and notebooks/01-quickstart.ipynb.")
     errors = [run.relative_error for run in small.runs] + ([] if check is None else [check.relative_error])
     if not small.same_bits:
         raise WorkFailed("the same tiling gave different bits under different schedules")
@@ -141,8 +140,8 @@ def _print_computed(small: steps.Small) -> None:
     if small.same_bits:
         too = "gave them too" if small.all_same_bits else "gave others: its sums round differently"
         say(
-            f"All {len(common)} runs that cut the layer into the same tasks gave the same bits, whatever the policy and "
-            f"the number of workers; {', '.join(others)}, which cuts it differently, {too}."
+            f"All {len(common)} runs that cut the layer into the same tasks gave the same bits, whatever the policy "
+            f"and the number of workers; {', '.join(others)}, which cuts it differently, {too}."
         )
     else:
         say("The runs that cut the layer into the same tasks did not give the same bits: that is a bug.", "bold red")

@@ -27,8 +27,7 @@ from flashmoe.cli.screen import (
 from flashmoe.model import MoEModel
 from flashmoe.policy import Policy, policy_names, resolve
 from flashmoe.routing import Routing
-from flashmoe.tasks import KINDS
-from flashmoe.trace import Trace
+from flashmoe.trace import KINDS, Trace
 from flashmoe.weights import Weights
 
 # Relative error (Frobenius norm) that a layer with float32 sums stays below.
