@@ -2,6 +2,14 @@
 
 from importlib import metadata
 
+try:
+    from flashmoe import _native as _native
+except ImportError as error:
+    raise ImportError(
+        "flashmoe's native module is not built in this source tree: pip install -e . builds it here; "
+        "after a plain pip install ., start Python in another folder"
+    ) from error
+
 from flashmoe.compare import compare
 from flashmoe.hw import Layer, run
 from flashmoe.machine import Machine

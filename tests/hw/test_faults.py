@@ -145,9 +145,9 @@ def test_a_gate_that_is_not_computed():
 
 
 def test_push_never_waits_for_what_is_there():
-    """PE 0 has no tokens and so no combine, but experts of PE 1's token: somebody waits for an empty slot."""
+    """PE 0 has no tokens and so no combine, but an expert of PE 1's token: its slots are dispatch, up and down."""
     layer = make_layer("push", tiling=Tiling(up_rows=20, down_rows=24))
-    routing, x = routing_from([[], [[0, 1, 2]]], 8), tokens(EIGHT, [0, 1])
+    routing, x = routing_from([[], [[0, -1, -1]]], 8), tokens(EIGHT, [0, 1])
     before, errors = bits(layer(x, routing=routing)), []
     for worker, seed in itertools.product((0, 1), range(3)):
         try:  # which worker gets which task is a matter of timing
