@@ -230,7 +230,8 @@ def _time_unit(makespan_ps: int) -> _Unit:
 
 def _time_in_words(time_ps: int) -> str:
     unit = _time_unit(time_ps)
-    return f"{time_ps / unit.ps:.4g} {unit.name}"
+    value = time_ps / unit.ps
+    return f"{value:.0f} {unit.name}" if value >= 1000 else f"{value:.4g} {unit.name}"
 
 
 @dataclass(frozen=True, eq=False)

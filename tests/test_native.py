@@ -55,6 +55,7 @@ def test_fault_kinds_have_the_same_numbers():
         "deadline": fault._DEADLINE,
         "landed_mismatch": fault._LANDED_MISMATCH,
         "replay_mismatch": fault._REPLAY_MISMATCH,
+        "no_resources": fault._NO_RESOURCES,
     }
 
 

@@ -172,9 +172,10 @@ def _print_hosted(hosted: steps.Hosted) -> None:
     simulated_us, measured_us = hosted.simulated.makespan_us, hosted.measured.makespan_us
     _title(3, "How good is the simulator? The same layer, simulated and measured here")
     say(
-        f"This host, by microbenchmarks of two seconds: {machine.cu_bytes_per_ns:.1f} GB/s of weights through the "
-        f"arithmetic on one core, {machine.hbm_bytes_per_ns:.1f} GB/s on all. Nothing is fitted to the layer itself. "
-        f"{hosted.measured.num_workers} worker(s) a PE, {len(makespans)} measured runs, the median one compared."
+        f"Microbenchmarks of two seconds made a machine of this host: {machine.cu_bytes_per_ns:.1f} GB/s of weights "
+        f"through one core, {machine.hbm_bytes_per_ns:.1f} GB/s through all. Nothing is fitted to the layer itself. "
+        f"Workers a PE: {hosted.measured.num_workers}, so that each has a core where there are two or more. Of "
+        f"{len(makespans)} measured runs the median one is compared."
     )
     out.print()
     rows = []
@@ -211,9 +212,9 @@ def _print_hosted(hosted: steps.Hosted) -> None:
     )
     if hosted.held_up_us:
         say(
-            f"In the compared run {len(hosted.held_up_us)} tasks took over {HELD_UP} times the median of their kind, "
-            f"{as_time(sum(hosted.held_up_us))} together: something else had the core meanwhile, and the model "
-            "knows nothing of that."
+            f"Tasks of the compared run that took over {HELD_UP} times the median of their kind: "
+            f"{len(hosted.held_up_us)}, {as_time(sum(hosted.held_up_us))} together. Probably something else had "
+            "the core meanwhile, of which the model knows nothing."
         )
     for warning in comparison.warnings:
         say(f"warning: {warning}", "yellow")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,7 @@ class Layer:
             down=self.weights.down,
         )
         self._traced = trace
+        self._taking_turns = threading.Lock()
 
     @property
     def workspace_bytes(self) -> int:
@@ -113,7 +115,19 @@ class Layer:
         seed: int = 0,
         chaos: Chaos | None = None,
     ) -> RunResult:
-        """Launch once. Arguments and errors as in `flashmoe.run`; seed also draws the chaos."""
+        """Launch once. Arguments and errors as in `flashmoe.run`; seed also draws the chaos.
+
+        Launches from several Python threads take turns: there is one workspace.
+        """
+        with self._taking_turns:
+            return self._launch(x, routing, seed, chaos or Chaos())
+
+    def _launch(self, x: Sequence[NDArray[Any]], routing: Routing | None, seed: int, chaos: Chaos) -> RunResult:
+        if chaos.absent_pe is not None:
+            _check_range("absent_pe", chaos.absent_pe, 0, self.ep_size - 1)
+        if chaos.dead_worker is not None:
+            _check_range("dead_worker[0] (PE)", chaos.dead_worker[0], 0, self.ep_size - 1)
+            _check_range("dead_worker[1] (worker)", chaos.dead_worker[1], 0, self.workers - 1)
         tokens = self._tokens(x)
         num_tokens = [len(rows) for rows in tokens]
         schedule, digests = None, []
@@ -126,7 +140,6 @@ class Layer:
             schedule = to_schedule(self.policy, table, self.workers)
             digests = table.plan_digests
         outputs = [np.zeros(rows.shape, self.model.numpy_dtype) for rows in tokens]
-        chaos = chaos or Chaos()
         done = self._native.run(
             [_bits(rows) for rows in tokens],
             [_bits(rows) for rows in outputs],
@@ -237,5 +250,5 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
+    if not isinstance(value, int | np.integer) or not low <= value <= high:
         raise ValueError(f"{name}={value!r} (accepted: {low}..{high})")

@@ -6,11 +6,8 @@ from typing import Any
 
 from flashmoe.tasks import EVENT_KINDS
 
-_DEADLINE, _LANDED_MISMATCH, _REPLAY_MISMATCH = (
-    1,
-    2,
-    3,
-)  # enum FaultKind in hip_src/include/flashmoe/fault.hpp
+# enum FaultKind in hip_src/include/flashmoe/fault.hpp
+_DEADLINE, _LANDED_MISMATCH, _REPLAY_MISMATCH, _NO_RESOURCES = 1, 2, 3, 4
 
 
 class LaunchError(RuntimeError):
@@ -42,6 +39,8 @@ def launch_error(fault: dict[str, Any], num_workers: int) -> LaunchError:
         message = f"{who}: rows that landed from PE {fault['src']} do not match its announcement: {seen_wanted}"
     elif fault["kind"] == _REPLAY_MISMATCH:
         message = f"{who}: the replayed schedule was made for another routing (digest of its plan: {seen_wanted})"
+    elif fault["kind"] == _NO_RESOURCES:
+        message = f"PE {fault['pe']} worker {fault['worker']} could not start: no thread or memory left for it"
     else:
         pes = ", ".join(f"PE {pe}" for pe in fault["unfinished_pes"])
         message = f"{pes} did not finish: a worker stopped, and nobody waited for its tasks; {tasks_run}"

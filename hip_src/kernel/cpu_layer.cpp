@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #include "host_math.hpp"
@@ -109,18 +110,35 @@ void CpuLayer::begin(const std::vector<PeInput>& inputs, bool gate_inside) {
   launch_.start_ns = clock_ns();
 }
 
+void CpuLayer::give_up(u32 pe, u32 worker) {
+  if (!fault_.claim()) return;
+  fault_.kind = FaultKind::no_resources;
+  fault_.pe = pe;
+  fault_.worker = worker;
+}
+
 void CpuLayer::run_pe(u32 pe, const Disturbance& disturbance) {
   if (pe == disturbance.absent_pe) return;
-  std::vector<std::thread> threads;
-  for (u32 worker = 0; worker < config_.num_workers; ++worker) {
-    threads.emplace_back([this, pe, worker, &disturbance] {
-      TraceBuffer& trace = traces_[pe * config_.num_workers + worker];
+  auto work = [this, pe, &disturbance](u32 worker) {
+    TraceBuffer& trace = traces_[pe * config_.num_workers + worker];
+    try {
       if (config_.shape.dtype == DType::bf16) {
         run_worker<bf16>(launch_, pe, worker, trace, disturbance);
       } else {
         run_worker<float>(launch_, pe, worker, trace, disturbance);
       }
-    });
+    } catch (const std::bad_alloc&) {
+      give_up(pe, worker);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (u32 worker = 0; worker < config_.num_workers; ++worker) {
+    try {
+      threads.emplace_back(work, worker);
+    } catch (const std::system_error&) {  // those that did start see the fault and leave
+      give_up(pe, worker);
+      break;
+    }
   }
   for (std::thread& thread : threads) thread.join();
 }
@@ -131,7 +149,12 @@ bool CpuLayer::run(const std::vector<PeInput>& inputs, bool gate_inside, const D
   for (u32 pe = 0; pe < config_.shape.num_pes; ++pe) epochs.push_back(epoch(pe));
   std::vector<std::thread> pes;
   for (u32 pe = 0; pe < config_.shape.num_pes; ++pe) {
-    pes.emplace_back([this, pe, &disturbance] { run_pe(pe, disturbance); });
+    try {
+      pes.emplace_back([this, pe, &disturbance] { run_pe(pe, disturbance); });
+    } catch (const std::system_error&) {
+      give_up(pe, 0);
+      break;
+    }
   }
   for (std::thread& thread : pes) thread.join();
   unfinished_.clear();

@@ -80,6 +80,8 @@ class CpuLayer {
 
  private:
   void reset();
+  //! Ends the launch because a worker could not start.
+  void give_up(u32 pe, u32 worker);
 
   LayerConfig config_;
   Launch launch_{};

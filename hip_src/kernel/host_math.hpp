@@ -7,8 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "flashmoe/task_graph.hpp"
-#include "launch.hpp"
+#include "pe_view.hpp"
 
 namespace flashmoe::host {
 
@@ -85,7 +84,7 @@ inline void route_token(const float* logits, u32 num_experts, u32 top_k, bool re
   for (u32 k = 0; renormalise && k < top_k; ++k) topk_weights[k] /= kept;
 }
 
-//! The math of one worker thread. `View` is the worker: it knows where rows, weights and results lie.
+//! The math of one worker thread.
 template <class Element>
 class Math {
  public:
@@ -114,13 +113,12 @@ class Math {
     route_token(logits, shape_.num_experts, shape_.top_k, shape_.norm_topk_prob != 0, topk_idx, topk_weights);
   }
 
-  template <class View>
-  void up(const Task& task, u32 tile, const View& view) const {
+  void up(const Task& task, u32 tile, const PeView& view) const {
     const u32 first = tile * tiling_.up_rows;
-    const u32 end = first + view.graph().up_width(tile);
+    const u32 end = first + view.graph.up_width(tile);
     const u32 gate_row = task.expert * 2 * shape_.d_ff;
     for (u32 n = task.first; n < task.first + task.num_tokens; ++n) {
-      const auto* row = static_cast<const Element*>(view.row(view.graph().plan.entries[n]));
+      const auto* row = static_cast<const Element*>(view.row(view.graph.plan.entries[n]));
       auto* hidden = static_cast<Element*>(view.hidden(n));
       for (u32 i = first; i < end; ++i) {
         const float gate =
@@ -133,12 +131,11 @@ class Math {
   }
 
   //! Unweighted results, straight into the slots of the tokens' owners.
-  template <class View>
-  void down(const Task& task, u32 tile, const View& view) const {
+  void down(const Task& task, u32 tile, const PeView& view) const {
     const u32 first = tile * tiling_.down_rows;
-    const u32 end = first + view.graph().down_width(tile);
+    const u32 end = first + view.graph.down_width(tile);
     for (u32 n = task.first; n < task.first + task.num_tokens; ++n) {
-      const Entry& entry = view.graph().plan.entries[n];
+      const Entry& entry = view.graph.plan.entries[n];
       const auto* hidden = static_cast<const Element*>(view.hidden(n));
       auto* result = reinterpret_cast<Element*>(view.heap(entry.src).result_row(entry.token, entry.k));
       for (u32 i = first; i < end; ++i) {
@@ -148,9 +145,8 @@ class Math {
   }
 
   //! down="rows": adds this expert to the running sums of the tile's rows; the chain's last task sends them.
-  template <class View>
-  void down_rows(const Task& task, const View& view) {
-    const TaskGraph& graph = view.graph();
+  void down_rows(const Task& task, const PeView& view) {
+    const TaskGraph& graph = view.graph;
     const u32 first = task.tile * tiling_.down_rows;
     const u32 width = graph.down_width(task.tile);
     const u32 group = graph.group_of(task);
@@ -184,9 +180,8 @@ class Math {
   }
 
   //! Adds up a token's results in the order of their slots: top-k order, or PE by PE.
-  template <class View>
-  void combine(const Task& task, const View& view) const {
-    const TaskGraph& graph = view.graph();
+  void combine(const Task& task, const PeView& view) const {
+    const TaskGraph& graph = view.graph;
     const Heap heap = view.heap(graph.pe);
     std::vector<float> sum(shape_.d_model);
     std::vector<u16> present(tiling_.result_slots(shape_));

@@ -10,6 +10,7 @@ enum class FaultKind : u32 {
   deadline = 1,         // a wait took too long
   landed_mismatch = 2,  // fewer or more rows in the landing slots than the sender says it sent
   replay_mismatch = 3,  // the replay list was made for another routing
+  no_resources = 4,     // a worker could not start: no thread or memory left
 };
 
 //! What a worker waits for, as its event stands.

@@ -14,7 +14,9 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 8);
 
-//! Plans with equal digests have the same task ids and edges (FNV-1a over the tokens of each expert).
+//! Plans with equal digests have the same task ids, and the same edges from up to down (FNV-1a over the
+//! tokens of each expert). What a combine waits for depends on which token has which expert, and is not
+//! covered.
 FLASHMOE_FN u64 plan_digest(const u32* entry_offset, u32 num_local) {
   u64 digest = 0xcbf29ce484222325u;
   for (u32 i = 0; i <= num_local; ++i) digest = (digest ^ entry_offset[i]) * 0x100000001b3u;
