@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flashmoe.policy import Policy
-from flashmoe.tasks import TaskTable
+from flashmoe.tasks import OWN_PE_KINDS, TaskTable
 from flashmoe.trace import KINDS
 
 Schedule = list[list[list[int]]]  # [pe][worker][turn]: first tasks of picks
@@ -110,7 +110,7 @@ def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]
 
     Whoever goes first, all get equally far: running a task never makes another one unready.
     """
-    route, dispatch, down = (KINDS.index(kind) for kind in ("route", "dispatch", "down"))
+    down = KINDS.index("down")
     kind = table.tasks["kind"]
     count = np.zeros(len(table.event_target), np.int64)
     sleepers: dict[int, list[tuple[int, int]]] = {}  # event -> workers that wait for it
@@ -131,7 +131,7 @@ def _check_progress(table: TaskTable, schedule: Sequence[Sequence[Sequence[int]]
         planned = table.planned_event[table.tasks["pe"][row]]
         # before the plan the id of a down is only a number
         is_known = kind[row] != down or count[planned] >= table.event_target[planned]
-        return kind[row] in (route, dispatch, down) and bool(is_known)
+        return kind[row] in OWN_PE_KINDS and bool(is_known)
 
     awake = list(todo)
     while awake:

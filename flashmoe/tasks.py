@@ -34,6 +34,8 @@ TASK_DTYPE = np.dtype(
         ("flops", "u8"),
     ]
 )
+# Kinds, by index, that wait for work of their own PE only: `waits_for_own_pe` in task.hpp. A worker may look past them.
+OWN_PE_KINDS = tuple(KINDS.index(kind) for kind in ("route", "dispatch", "down"))
 EVENT_KINDS = ("gated", "routed", "planned", "upped", "result")
 ORDERS = ("phase", "expert", "local_first", "remote_first", "lpt", "arrival")
 

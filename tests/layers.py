@@ -13,6 +13,17 @@ from flashmoe.model import MoEModel
 from flashmoe.routing import Routing
 from flashmoe.tasks import TaskTable, Tiling
 
+BUILT_IN_POLICIES = [
+    "ancestor",
+    "push",
+    "ticket",
+    "domain_steal",
+    "static_phase",
+    "expert_lpt",
+    "local_first",
+    "remote_first",
+]
+
 ODD = MoEModel(d_model=96, d_ff=40, num_experts=6, top_k=2, dtype="f32", name="odd")
 EIGHT = MoEModel(d_model=24, d_ff=20, num_experts=8, top_k=3, dtype="f32", name="eight")  # for 1, 2, 4 and 8 PEs
 

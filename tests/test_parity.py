@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from layers import EIGHT, skewed_routing, tokens
+from layers import BUILT_IN_POLICIES, EIGHT, skewed_routing, tokens
 
 from flashmoe.hw import run
 from flashmoe.policy import Policy
@@ -12,16 +12,6 @@ from flashmoe.sim import simulate
 from flashmoe.tasks import ORDERS, Tiling
 from flashmoe.weights import Weights
 
-POLICIES = [
-    "ancestor",
-    "push",
-    "ticket",
-    "domain_steal",
-    "static_phase",
-    "expert_lpt",
-    "local_first",
-    "remote_first",
-]
 TILINGS = {
     "own": None,  # the policy's
     "small": Tiling(gate_tokens=2, gate_experts=3, up_rows=7, down_rows=11, block_tokens=2, combine_tokens=2),
@@ -55,7 +45,7 @@ def assert_same_order(ep_size, policy, tiling, *, given, seed):
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", BUILT_IN_POLICIES)
 @pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
 def test_built_in_policies(ep_size, policy, tiling):
     for seed, given in ((0, False), (1, True), (2, True)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import EIGHT, assert_sound, layers, routing_from, skewed_routing, tokens
+from layers import BUILT_IN_POLICIES, EIGHT, assert_sound, layers, routing_from, skewed_routing, tokens
 
 from flashmoe.hw import Layer
 from flashmoe.model import MoEModel
@@ -17,16 +17,6 @@ from flashmoe.tasks import ORDERS, TaskTable, Tiling
 from flashmoe.trace import KINDS
 from flashmoe.weights import Weights
 
-BUILT_IN = [
-    "ancestor",
-    "push",
-    "ticket",
-    "domain_steal",
-    "static_phase",
-    "expert_lpt",
-    "local_first",
-    "remote_first",
-]
 SMALL = MoEModel(d_model=8, d_ff=4, num_experts=3, top_k=1, dtype="f32")
 ONE_TILE = Tiling(up_rows=4, down_rows=8)
 
@@ -42,8 +32,8 @@ def registry(monkeypatch):
 
 
 def test_built_in_policies_share_one_tiling_except_the_ancestor():
-    assert policy_names()[: len(BUILT_IN)] == BUILT_IN
-    for name in BUILT_IN:
+    assert policy_names()[: len(BUILT_IN_POLICIES)] == BUILT_IN_POLICIES
+    for name in BUILT_IN_POLICIES:
         chosen = resolve(name)
         assert chosen.name == name
         assert chosen.tiling == (Tiling(granularity="token") if name == "ancestor" else Tiling())
@@ -69,9 +59,9 @@ def test_registering_again_replaces_and_built_in_names_are_refused(registry):
     first = policy("mine")(lambda task: 0)
     assert resolve("mine") is first
     second = policy("mine", queue="static", look_ahead=2, tiling=Tiling(down="rows"))(lambda task: 1)
-    assert resolve("mine") is second and policy_names() == [*BUILT_IN, "mine"]
+    assert resolve("mine") is second and policy_names() == [*BUILT_IN_POLICIES, "mine"]
     assert second.to_dict() == {"name": "mine", "queue": "static", "order": "phase", "look_ahead": 2}
-    for name in BUILT_IN:
+    for name in BUILT_IN_POLICIES:
         with pytest.raises(ValueError, match=f"policy '{name}' is built in"):
             policy(name)
 

@@ -156,13 +156,8 @@ class Layer:
             raise launch_error(self._native.fault(), self.workers)
         if routing is None:
             pairs = [self._native.routing(pe, count) for pe, count in enumerate(num_tokens)]
-            used = Routing(
-                topk_idx=tuple(idx for idx, _ in pairs),
-                # a NaN token has NaN weights and poisons its own output; a Routing holds numbers
-                topk_weights=tuple(np.nan_to_num(w) for _, w in pairs),
-                num_experts=self.model.num_experts,
-                name="gate",
-            )
+            # a NaN token has NaN weights and poisons its own output; a Routing holds numbers
+            used = self._gate_routing([(idx, np.nan_to_num(weights)) for idx, weights in pairs])
         else:
             used = routing
         return RunResult(outputs, self._trace(used, gate=routing is None, seed=seed), used)
@@ -175,6 +170,10 @@ class Layer:
         from flashmoe import reference
 
         pairs = [reference.route(reference.gate_logits(self.model, self.weights, rows), self.model) for rows in tokens]
+        return self._gate_routing(pairs)
+
+    def _gate_routing(self, pairs: list[tuple[NDArray[np.int32], NDArray[np.float32]]]) -> Routing:
+        """pairs: (topk_idx, topk_weights) of each PE, as a gate has chosen them."""
         return Routing(
             topk_idx=tuple(idx for idx, _ in pairs),
             topk_weights=tuple(weights for _, weights in pairs),

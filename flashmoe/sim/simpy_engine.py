@@ -28,13 +28,12 @@ from flashmoe.sim.bandwidth import CappedSharing
 from flashmoe.sim.costs import PLANNED_KINDS, remote_bytes, task_costs
 from flashmoe.sim.queues import Steps, make_queue
 from flashmoe.sim.servers import Cores, Links
-from flashmoe.tasks import TaskTable
+from flashmoe.tasks import OWN_PE_KINDS, TaskTable
 from flashmoe.trace import KINDS, TRACE_DTYPE
 
 Progress = Callable[[int, int], None]  # (tasks done, tasks in all)
 Schedule = Sequence[Sequence[Sequence[int]]]  # [pe][worker][turn]: first tasks of picks
 
-_OWN_WORK = tuple(KINDS.index(kind) for kind in ("route", "dispatch", "down"))  # wait for their own PE only
 _PROGRESS_STEP = 500  # tasks between two calls of progress
 _NAMED_WAITS = 8  # waiting workers that a deadlock message spells out
 
@@ -164,7 +163,7 @@ class Worker:
             return True
         kind = self.layer.kind[self.held[0].row]
         # a down that cannot be decoded yet waits for the plan, and so for other PEs
-        waits_for_own_pe = kind in _OWN_WORK and (kind not in PLANNED_KINDS or self.sees(self.pe.planned))
+        waits_for_own_pe = kind in OWN_PE_KINDS and (kind not in PLANNED_KINDS or self.sees(self.pe.planned))
         return waits_for_own_pe and len(self.held) < 1 + self.pe.look_ahead
 
     def _is_ready(self, pick: Pick) -> bool:

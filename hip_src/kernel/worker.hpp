@@ -59,6 +59,10 @@ class Worker {
     bool exhausted = false;
     RankSource source(view_.launch.policy.queue, view_.at<char>(view_.counters.heads), worker_,
                       view_.launch.num_workers, view_.launch.num_domains);
+    auto drop = [&](u32 place) {
+      for (u32 i = place + 1; i < count; ++i) held[i - 1] = held[i];
+      --count;
+    };
     while (!watchdog_.stopped()) {
       Missing missing{}, other{};  // what the oldest pick waits for is what a report names
       u32 ready = 0;
@@ -67,16 +71,14 @@ class Worker {
       for (u32 i = 0; i < count; ++i) {
         if (held[i].rank != none) continue;  // turned out to be past the end
         exhausted = true;
-        for (u32 j = i + 1; j < count; ++j) held[j - 1] = held[j];
-        --count;
+        drop(i);
         ready = none;
         break;
       }
       if (ready == none) continue;
       if (ready < count) {
         const Held pick = held[ready];
-        for (u32 j = ready + 1; j < count; ++j) held[j - 1] = held[j];
-        --count;
+        drop(ready);
         watchdog_.reset();
         run_pick(pick.id, pick.ticket_ns,
                  static_cast<u16>(pick.flags | (ready > 0 ? trace_out_of_order : 0)));

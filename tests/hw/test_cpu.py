@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import EIGHT, ODD, layers, pairs_of, skewed_routing, tokens
+from layers import BUILT_IN_POLICIES, EIGHT, ODD, layers, pairs_of, skewed_routing, tokens
 
 from flashmoe.hw import Chaos, Layer, run
 from flashmoe.model import MoEModel
@@ -19,16 +19,6 @@ from flashmoe.tasks import TaskTable, Tiling
 from flashmoe.trace import KINDS
 from flashmoe.weights import Weights
 
-POLICIES = [
-    "ancestor",
-    "push",
-    "ticket",
-    "domain_steal",
-    "static_phase",
-    "expert_lpt",
-    "local_first",
-    "remote_first",
-]
 ERROR = {"f32": 1e-5, "bf16": 1e-2}
 TILINGS = {
     "tile": Tiling(),
@@ -63,7 +53,7 @@ def bits(outputs):
 
 
 def test_the_list_of_policies_is_complete():
-    assert policy_names()[: len(POLICIES)] == POLICIES
+    assert policy_names()[: len(BUILT_IN_POLICIES)] == BUILT_IN_POLICIES
 
 
 # ---- right
@@ -75,7 +65,7 @@ def test_right_for_every_policy_and_any_number_of_pes_and_workers(tiling, dtype)
     model = with_dtype(EIGHT, dtype)
     grid = [*itertools.product((1, 2, 4, 8), (1, 2, 5, 16))]
     shift = 3 * list(TILINGS).index(tiling)
-    for turn, policy in enumerate(POLICIES * 2):
+    for turn, policy in enumerate(BUILT_IN_POLICIES * 2):
         ep_size, workers = grid[(turn * 5 + shift) % 16]  # each of the 16 once, with other policies for each tiling
         counts = [(3 * pe + turn) % 6 for pe in range(ep_size)]
         x = tokens(model, counts, seed=turn)
@@ -120,7 +110,7 @@ def test_every_token_on_one_expert():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(layer=layers(max_tokens=4), policy=st.sampled_from(POLICIES), workers=st.sampled_from([1, 2, 5]))
+@given(layer=layers(max_tokens=4), policy=st.sampled_from(BUILT_IN_POLICIES), workers=st.sampled_from([1, 2, 5]))
 def test_right_for_random_layers(layer, policy, workers):
     model, routing, tiling = layer
     x = tokens(model, routing.num_tokens)
@@ -171,7 +161,7 @@ def test_bits_depend_on_no_policy_and_no_number_of_workers(dtype, down):
     model, counts = with_dtype(EIGHT, dtype), [4, 0, 6, 1]
     x = tokens(model, counts)
     seen = set()
-    for policy in POLICIES[1:]:  # the ancestor cuts the layer in its own way
+    for policy in BUILT_IN_POLICIES[1:]:  # the ancestor cuts the layer in its own way
         for workers in (1, 3, 16):
             result = run(
                 model, weights_of(model), x, policy=policy, workers=workers, tiling=Tiling(down=down), deadline_s=30
@@ -187,7 +177,7 @@ def test_bits_are_the_same_in_200_disturbed_runs(down):
     tiling = Tiling(down=down, up_rows=5, down_rows=8, block_tokens=2)
     made = [
         Layer(model, weights_of(model), ep_size=4, max_tokens=4, workers=3, policy=policy, tiling=tiling, trace=False)
-        for policy in POLICIES[1:]
+        for policy in BUILT_IN_POLICIES[1:]
     ]
     seen = {
         tuple(bits(made[seed % len(made)](x, seed=seed, chaos=Chaos(max_delay_us=80)).outputs)) for seed in range(200)
@@ -280,7 +270,7 @@ def test_a_poisoned_token_poisons_itself_alone(given_routing, tiling):
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", BUILT_IN_POLICIES)
 def test_the_trace_has_every_task_once_after_its_inputs(policy, tiling):
     counts = [3, 0, 2]
     result = run(ODD, weights_of(ODD), tokens(ODD, counts), policy=policy, tiling=TILINGS[tiling], workers=3, seed=7)

@@ -15,7 +15,6 @@ enum class TaskKind : u32 {
   combine = 5,   // weighted sum of a token's results, in fixed order
   expert = 6,    // granularity="token": a whole expert (up and down) for one token
 };
-constexpr u32 num_task_kinds = 7;
 constexpr u32 none = ~u32{0};
 
 //! Does a task of this kind wait for work of its own PE only? Else it waits for other PEs, too.
