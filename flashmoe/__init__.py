@@ -16,7 +16,7 @@ from flashmoe.machine import Machine
 from flashmoe.model import MoEModel
 from flashmoe.policy import Policy, policy
 from flashmoe.routing import Routing
-from flashmoe.sim import simulate
+from flashmoe.sim import evaluate, simulate
 from flashmoe.tasks import TaskTable, Tiling
 from flashmoe.trace import Trace
 from flashmoe.weights import Weights
@@ -34,6 +34,7 @@ __all__ = [
     "Trace",
     "Weights",
     "compare",
+    "evaluate",
     "policy",
     "run",
     "simulate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -17,10 +18,8 @@ _UNITS: dict[str, dict[str, float]] = {
     "count": {"count": 1},
     "ratio": {"ratio": 1},
     "flag": {"flag": 1},
-    "name": {"name": 1},
 }
 _ORIGINS = ("measured", "datasheet", "estimate", "fitted")
-_TOPOLOGIES = ("mesh", "switch")
 _NAMES = ("name", "base", "description")  # keys of a file that are not parameters
 
 
@@ -32,8 +31,11 @@ class Origin(NamedTuple):
     source: str
 
 
-def _parameter(unit: str, what: str, **options: Any) -> Any:
-    return field(metadata={"unit": unit, "what": what}, **options)
+def _parameter(unit: str, what: str, *, least: float | None = None, most: float = math.inf, **options: Any) -> Any:
+    """A field of Machine. least: by default 0 for a time, 1 for a count, and any positive number for the others."""
+    if least is None and unit in ("ps", "count"):
+        least = 0 if unit == "ps" else 1
+    return field(metadata={"unit": unit, "what": what, "least": least, "most": most}, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +43,56 @@ class Machine:
     """One kind of GPU (or host) and the fabric between several of them, one PE a GPU.
 
     The unit and the meaning of each field are in its metadata: `parameter_units()`, `parameter_meanings()`.
-    Raises: ValueError naming the field, its value and what is accepted.
+    A field with a default may be left out: the default is the simpler machine that does not have this.
+    Workers are dealt to the domains in turn. Raises: ValueError naming the field, its value and what is accepted.
     """
 
     name: str
     num_cus: int = _parameter("count", "CUs (SMs) of one PE: its workers, one a CU")
     num_domains: int = _parameter("count", "groups of CUs with an L2 of their own (XCDs)")
     num_pes_max: int = _parameter("count", "largest number of PEs that the fabric joins")
+    # memory
     hbm_bytes_per_ns: float = _parameter("bytes/ns", "achieved memory bandwidth of one PE")
     cu_bytes_per_ns: float = _parameter("bytes/ns", "most that one CU can stream from memory")
-    cu_flops_per_ns: float = _parameter("flop/ns", "achieved matrix rate of one CU")
-    cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    knee: float = _parameter(
+        "ratio",
+        "how sharply a stream's rate turns from the CU's cap c to its share s of the memory: exponent p of "
+        "(c^-p + s^-p)^(-1/p), at least 1; 0: the lesser of the two",
+        least=0,
+        default=0.0,
+    )
     prefetch: bool = _parameter("flag", "weights stream before a task's inputs are ready")
+    # launch
+    launch_ps: int = _parameter("ps", "launch to the first instruction of a PE's first worker", default=0)
+    launch_domain_ps: int = _parameter(
+        "ps", "a domain's first worker starts this much after the domain's before", default=0
+    )
+    launch_step_ps: int = _parameter("ps", "a worker starts this much after the one before in its domain", default=0)
+    # queues
     ticket_ps: int = _parameter("ps", "ticket from a counter of the own domain, beyond its service")
     ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
     ticket_service_ps: int = _parameter("ps", "serial part of a ticket, counter of the own domain")
     ticket_far_service_ps: int = _parameter("ps", "serial part of a ticket, counter that several domains use")
-    signal_ps: int = _parameter("ps", "release to being seen by another CU of the PE, memory idle")
-    # 1 by default: a machine whose signals don't care about memory traffic is the simpler one.
-    signal_load_factor: float = _parameter("ratio", "signal_ps is multiplied by this at full load", default=1.0)
+    # signals inside a PE
+    signal_ps: int = _parameter("ps", "release to being seen by a CU of another domain, memory idle")
+    signal_near_ps: int = _parameter("ps", "release to being seen by a CU of the same domain, memory idle")
+    signal_load_factor: float = _parameter(
+        "ratio", "a signal takes this many times as long when the memory is fully loaded", least=1, default=1.0
+    )
+    # fabric
     put_ps: int = _parameter("ps", "put with signal to another PE, one way, beyond its bytes")
-    link_bytes_per_ns: float = _parameter("bytes/ns", "one direction of a link (mesh) or of a port (switch)")
-    link_topology: str = _parameter("name", "mesh: a link for each pair; switch: one port a PE")
+    link_bytes_per_ns: float = _parameter("bytes/ns", "one direction between two PEs")
+    port_bytes_per_ns: float = _parameter(
+        "bytes/ns", "one direction of all links of a PE together; 0: no limit beyond the links", least=0, default=0.0
+    )
+    link_message_ps: int = _parameter("ps", "a message holds its link and ports this long beyond its bytes", default=0)
     store_bytes_per_ns: float = _parameter("bytes/ns", "remote stores of one CU, which is busy meanwhile")
+    # arithmetic
+    cu_flops_per_ns: float = _parameter("flop/ns", "achieved matrix rate of one CU")
+    matrix_tokens: int = _parameter("count", "tokens of a matrix instruction: a task's are padded to it", default=1)
+    matrix_rows: int = _parameter("count", "weight rows of a matrix instruction: a task's are padded to it", default=1)
+    cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    # fixed parts
     gate_overhead_ps: int = _parameter("ps", "fixed part of a gate task")
     route_overhead_ps: int = _parameter("ps", "fixed part of a route task")
     dispatch_overhead_ps: int = _parameter("ps", "fixed part of a dispatch task")
@@ -71,16 +100,31 @@ class Machine:
     down_overhead_ps: int = _parameter("ps", "fixed part of a down task")
     combine_overhead_ps: int = _parameter("ps", "fixed part of a combine task")
     expert_overhead_ps: int = _parameter("ps", "fixed part of an expert task")
-    # What follows is nothing on a GPU as modelled so far; a host of threads has all of it.
     gap_ps: int = _parameter("ps", "a worker's bookkeeping between two tasks", default=0)
-    launch_step_ps: int = _parameter("ps", "a PE's worker starts this much after the one before", default=0)
-    num_cores: int = _parameter("count", "cores that the workers of all PEs share; 0: each is a CU", default=0)
+    # what differs from task to task and from PE to PE
+    jitter: float = _parameter(
+        "ratio", "sigma of the lognormal factor (mean 1) on a task's time", least=0, most=1, default=0.0
+    )
+    stall_probability: float = _parameter("ratio", "share of the tasks that stall", least=0, most=1, default=0.0)
+    stall_ps: int = _parameter("ps", "extra time of a task that stalls", default=0)
+    pe_spread: float = _parameter(
+        "ratio", "standard deviation of a PE's persistent speed factor", least=0, most=1, default=0.0
+    )
+    # a host of threads
+    num_cores: int = _parameter("count", "cores that the workers of all PEs share; 0: each is a CU", least=0, default=0)
     slice_ps: int = _parameter("ps", "a worker keeps its core this long while others wait for one", default=0)
+    description: str = field(default="", compare=False, repr=False)
     origins: Mapping[str, Origin] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for key, unit in parameter_units().items():
-            _check(key, getattr(self, key), unit)
+        for key in parameter_units():
+            _check(key, getattr(self, key))
+        if 0 < self.knee < 1:
+            raise ValueError(f"knee={self.knee} (must be 0, or at least 1)")
+        if self.signal_near_ps > self.signal_ps:
+            raise ValueError(f"signal_near_ps={self.signal_near_ps} (must be at most signal_ps={self.signal_ps})")
+        if self.num_cores > 0 and self.pe_spread > 0:
+            raise ValueError(f"pe_spread={self.pe_spread} with num_cores > 0 (must be 0: the PEs share the cores)")
         if self.num_cores > 0 and self.prefetch:
             raise ValueError("prefetch=True with num_cores > 0 (must be False: only a running thread loads anything)")
         if self.num_domains > self.num_cus:
@@ -145,23 +189,27 @@ def _preset_folder() -> Any:
     return resources.files("flashmoe") / "presets"
 
 
-def _check(key: str, value: Any, unit: str) -> None:
+def _check(key: str, value: Any) -> None:
+    about = Machine.__dataclass_fields__[key].metadata
+    unit, least, most = about["unit"], about["least"], about["most"]
     if unit == "flag":
         good, accepted = isinstance(value, bool), "true or false"
-    elif unit == "name":
-        good, accepted = value in _TOPOLOGIES, " or ".join(_TOPOLOGIES)
-    elif unit in ("ps", "count"):
-        least = 0 if unit == "ps" or key == "num_cores" else 1
-        good, accepted = type(value) is int and value >= least, f"a whole number, at least {least} [{unit}]"
     else:
-        good = type(value) in (int, float) and 0 < value < float("inf")
-        accepted = f"a positive number [{unit}]"
+        whole = unit in ("ps", "count")
+        limits = "positive" if least is None else f"at least {least}"
+        limits += f" and at most {most}" if most < math.inf else ""
+        accepted = f"a {'whole' if whole else 'finite'} number, {limits} [{unit}]"
+        good = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
+        good = good and (value > 0 if least is None else least <= value <= most)
     if not good:
         raise ValueError(f"{key}={value!r} (must be {accepted})")
 
 
 def _from_toml(text: str, default_name: str) -> Machine:
-    """Parse a machine file: `key = { value, unit, origin, source }` each, over `base = "preset"` if given."""
+    """Parse a machine file: `key = { value, unit, origin, source }` each, over `base = "preset"` if given.
+
+    What comes from a base is an estimate here, however it was found there: this is another machine.
+    """
     try:
         entries = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -175,7 +223,11 @@ def _from_toml(text: str, default_name: str) -> Machine:
     origins: dict[str, Origin] = {}
     if "base" in entries:
         base = Machine.preset(entries["base"])
-        values, origins = base.to_dict(), dict(base.origins)
+        values = base.to_dict()
+        origins = {
+            key: Origin(unit, "estimate", f"as {base.name} ({origin}): {source}")
+            for key, (unit, origin, source) in base.origins.items()
+        }
     values["name"] = entries.get("name", default_name)
     for key in units.keys() & entries.keys():
         values[key], origins[key] = _read_entry(key, entries[key], units[key])
@@ -185,7 +237,7 @@ def _from_toml(text: str, default_name: str) -> Machine:
         raise ValueError(
             f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
         )
-    return Machine(**values, origins=origins)
+    return Machine(**values, description=str(entries.get("description", "")), origins=origins)
 
 
 def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
@@ -199,5 +251,5 @@ def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
     value, scale = entry["value"], _UNITS[unit][entry["unit"]]
     if scale != 1 and type(value) in (int, float):
         value = round(value * scale) if unit == "ps" else value * scale
-    _check(key, value, unit)
+    _check(key, value)
     return value, Origin(unit, entry["origin"], str(entry["source"]))

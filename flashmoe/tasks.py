@@ -5,6 +5,7 @@ The task graph itself is C++ (`hip_src/include/flashmoe/task_graph.hpp`); this m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from flashmoe.routing import Routing
 from flashmoe.trace import KINDS
 
 TASK_DTYPE = np.dtype(
-    [  # field for field `struct TaskRow` in hip_src/bindings/task_table.hpp
+    [  # field for field `struct TaskRow` in hip_src/engine/task_table.hpp
         ("pe", "u2"),
         ("kind", "u2"),  # index into KINDS
         ("task_id", "u4"),
@@ -28,6 +29,7 @@ TASK_DTYPE = np.dtype(
         ("num_tokens", "u4"),
         ("peer", "i4"),
         ("chain", "u4"),  # tasks that one pick takes, at the first of them; 0 inside a chain
+        ("num_rows", "u4"),  # of weights, in a matrix product with the tokens; 0: there is none
         ("weight_bytes", "u8"),
         ("io_bytes", "u8"),
         ("link_bytes", "u8"),
@@ -223,24 +225,27 @@ def ready_times(table: TaskTable, end_ps: NDArray[np.int64]) -> NDArray[np.int64
     return ready_ps
 
 
-def critical_path(table: TaskTable, records: np.ndarray[Any, Any]) -> NDArray[np.int64]:
+def critical_path(
+    tables: TaskTable | Sequence[TaskTable],
+    records: np.ndarray[Any, Any],
+    trip_ps: Sequence[NDArray[np.float64]] | None = None,
+) -> NDArray[np.int64]:
     """What the last task to end had to wait for, and so on back to the start.
 
-    A task was held up by the last of its inputs or by the task before it on its worker: the later of both.
+    A task was held up by the last of its inputs or by the task before it on its worker: the later of both. In
+    a later layer a task without inputs of its own waits for all of the layer before on its PE.
+    tables: one a layer.
+    trip_ps: per layer (num_signals,) from the end of a task to its signal being seen; without it the maker of the
+        last input is taken to be the last that ended.
     Returns: indices into records, first to last.
     """
     if len(records) == 0:
         return np.zeros(0, np.int64)
-    place = np.full(len(table), -1, np.int64)  # row of the table -> index of the record
-    for pe in range(table.num_pes):
-        mine = np.flatnonzero(records["pe"] == pe)
-        place[table.row(pe, records["task_id"][mine].astype(np.int64))] = mine
-    end_ps = np.where(place >= 0, records["end_ps"][place], -1)
-
-    signal_row = segment_owner(table.signal_ptr)
-    by_end = np.argsort(end_ps[signal_row], kind="stable")
-    last_signal = np.full(len(table.event_pe), -1, np.int64)  # event -> row that completed it
-    last_signal[table.signal_event[by_end]] = signal_row[by_end]  # of equal indices the last one stays
+    maker = np.full(len(records), -1, np.int64)  # record -> record that made its last input
+    for layer, table in enumerate([tables] if isinstance(tables, TaskTable) else tables):
+        maker[records["layer"] == layer] = _last_makers(
+            table, records, layer, None if trip_ps is None else trip_ps[layer]
+        )
 
     before = np.full(len(records), -1, np.int64)  # record -> record before it on its worker
     by_worker = np.lexsort((records["end_ps"], records["start_ps"], records["worker"], records["pe"]))
@@ -249,21 +254,51 @@ def critical_path(table: TaskTable, records: np.ndarray[Any, Any]) -> NDArray[np
     )
     before[by_worker[1:][same]] = by_worker[:-1][same]
 
-    row_of = np.empty(len(records), np.int64)
-    row_of[place[place >= 0]] = np.flatnonzero(place >= 0)
-    current = int(np.argmax(records["end_ps"]))
-    path = [current]
+    path = [int(np.argmax(records["end_ps"]))]
     while True:
-        row = row_of[current]
-        events = table.wait_event[table.wait_ptr[row] : table.wait_ptr[row + 1]]
-        rows = last_signal[events]
-        candidates = [int(place[r]) for r in rows[rows >= 0] if place[r] >= 0]
-        input_idx = max(candidates, key=lambda i: int(records["end_ps"][i]), default=-1)
-        worker_idx = int(before[current])
-        # inputs become visible after their maker's end, so they compare by ready time
-        input_ps = int(records["ready_ps"][current]) if input_idx >= 0 else -1
-        worker_ps = int(records["end_ps"][worker_idx]) if worker_idx >= 0 else -1
-        current = input_idx if input_ps >= worker_ps else worker_idx
+        current = path[-1]
+        maker_idx, worker_idx = int(maker[current]), int(before[current])
+        # inputs become visible after their maker's end, so they compare by ready time; a launch has none
+        input_ps = max(records["ready_ps"][current], records["end_ps"][maker_idx]) if maker_idx >= 0 else -1
+        worker_ps = records["end_ps"][worker_idx] if worker_idx >= 0 else -1
+        current = maker_idx if input_ps >= worker_ps else worker_idx
         if current < 0:
             return np.array(path[::-1], np.int64)
         path.append(current)
+
+
+def _last_makers(
+    table: TaskTable, records: np.ndarray[Any, Any], layer: int, trip_ps: NDArray[np.float64] | None
+) -> NDArray[np.int64]:
+    """For each record of a layer, in their order, the record that made its last input; -1 where nobody did."""
+    of_layer = np.flatnonzero(records["layer"] == layer)
+    place = np.full(len(table.tasks), -1, np.int64)  # row of the table -> index of the record
+    row_of = np.empty(len(of_layer), np.int64)
+    for pe in range(table.num_pes):
+        mine = records["pe"][of_layer] == pe
+        row_of[mine] = table.row(pe, records["task_id"][of_layer[mine]].astype(np.int64))
+    place[row_of] = of_layer
+
+    signal_row = segment_owner(table.signal_ptr)
+    seen_ps = np.where(place >= 0, records["end_ps"][place], -np.inf)[signal_row]
+    if trip_ps is not None:
+        seen_ps = seen_ps + trip_ps
+    by_time = np.argsort(seen_ps, kind="stable")
+    last_row = np.full(len(table.event_pe), -1, np.int64)  # event -> row that completed it
+    event_ps = np.full(len(table.event_pe), -np.inf)
+    # of equal indices the last one stays
+    last_row[table.signal_event[by_time]] = signal_row[by_time]
+    event_ps[table.signal_event[by_time]] = seen_ps[by_time]
+
+    by_time = np.argsort(event_ps[table.wait_event], kind="stable")
+    maker = np.full(len(table.tasks), -1, np.int64)  # row -> index of the record that made its last input
+    made = last_row[table.wait_event[by_time]]
+    maker[segment_owner(table.wait_ptr)[by_time]] = np.where(made >= 0, place[made], -1)
+
+    if layer > 0:
+        for pe in range(table.num_pes):
+            earlier = np.flatnonzero((records["layer"] == layer - 1) & (records["pe"] == pe))
+            if len(earlier):
+                mine = (table.tasks["pe"] == pe) & (maker < 0)
+                maker[mine] = earlier[np.argmax(records["end_ps"][earlier])]
+    return maker[row_of]

@@ -22,12 +22,13 @@ __all__ = ["KINDS", "TRACE_DTYPE", "TRACE_FORMAT", "Trace"]
 
 KINDS = ("gate", "route", "dispatch", "up", "down", "combine", "expert")
 
-TRACE_FORMAT = 1
+TRACE_FORMAT = 2
 
 TRACE_DTYPE = np.dtype(
     [
+        ("layer", "u2"),
         ("pe", "u2"),
-        ("task_id", "u4"),  # stable: unique within its PE, the same in every executor
+        ("task_id", "u4"),  # stable: unique within its layer and PE, the same in every executor
         ("kind", "u1"),  # index into KINDS
         ("worker", "u2"),  # within its PE
         ("domain", "u2"),  # the XCD of that worker
@@ -35,8 +36,11 @@ TRACE_DTYPE = np.dtype(
         ("tile", "i4"),  # -1 where the task is not a tile
         ("num_tokens", "u4"),
         ("ready_ps", "i8"),  # the last input became visible
+        ("asked_ps", "i8"),  # the worker asked the queue for the pick; as ticket_ps where that is not recorded
         ("ticket_ps", "i8"),  # the worker took the task
         ("start_ps", "i8"),
+        ("loaded_ps", "i8"),  # the last of its weights was there; as start_ps where that is not recorded
+        ("done_ps", "i8"),  # weights and arithmetic done, the fixed part and remote stores follow; else as end_ps
         ("end_ps", "i8"),
         ("peer", "i4"),  # the other PE of an exchange, -1 for none
         ("flags", "u4"),

@@ -236,6 +236,8 @@ class Layer:
         records["start_ps"] = start_ns * 1000
         records["end_ps"] = (start_ns + raw["duration_ns"]) * 1000
         records["ticket_ps"] = (start_ns - raw["ticket_delta"]) * 1000
+        records["asked_ps"], records["loaded_ps"] = records["ticket_ps"], records["start_ps"]
+        records["done_ps"] = records["end_ps"]
         if len(rows) == len(table):  # all threads share a clock, so inputs were complete when their last maker ended
             records["ready_ps"] = ready_times(table, records["end_ps"].astype(np.int64))
         else:

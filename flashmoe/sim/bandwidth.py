@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 from typing import Any
 
 import simpy
+from numpy.typing import NDArray
 
 ROUNDING_PS = 1e-3  # float64 noise: 25.0000000004 ps is 25 ps, not 26
 
@@ -17,7 +19,7 @@ def ceil_ps(ps: float) -> int:
 
 
 class CappedSharing:
-    """A channel of `total` bytes a ns; n streams get min(cap, total / n) each, at every moment.
+    """A memory channel: each of n streams gets the same rate, rates[n], at every moment.
 
     As all streams always have the same rate, one virtual clock [bytes] says how far each of them is: a stream
     that starts when the clock shows v ends when it shows v + its bytes. An arrival or a departure changes how
@@ -29,26 +31,28 @@ class CappedSharing:
     Source: virtual time as in fair queueing, Demers, Keshav and Shenker 1989, SIGCOMM.
     """
 
-    def __init__(self, env: simpy.Environment, total_bytes_per_ns: float, cap_bytes_per_ns: float) -> None:
+    def __init__(self, env: simpy.Environment, rates: NDArray[Any], rank: int) -> None:
+        """rates: (n + 1,) rate of each of n streams [bytes/ps]. rank: of channels that wake up together, the
+        lowest comes first; all of them come before whatever else happens at that moment."""
         self._env = env
-        self._total = total_bytes_per_ns / 1000.0  # [bytes/ps]
-        self._cap = cap_bytes_per_ns / 1000.0  # [bytes/ps]
+        self._rates: list[float] = rates.tolist()
+        self._priority = rank - (1 << 20)  # SimPy's own priorities are 0 and 1, lower first
         self._clock = 0.0  # [bytes]
         self._rate = 0.0  # of the clock, which is the rate of each stream [bytes/ps]
         self._last_ps = 0  # time of the last change
-        self._streams: list[tuple[float, int, simpy.Event]] = []  # heap: (clock at its end, sequence, done)
+        # heap: (clock at its end, sequence, what to call then)
+        self._streams: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0  # streams that end together are done in the order in which they started
         self._generation = 0  # a wake-up of an older generation has been overtaken by a change of rate
 
     @property
-    def load(self) -> float:
-        """Share of the bandwidth in use now, 0 to 1."""
-        return min(1.0, len(self._streams) * self._cap / self._total)
+    def num_streams(self) -> int:
+        return len(self._streams)
 
-    def start(self, num_bytes: float, done: simpy.Event) -> None:
-        """Stream num_bytes (> 0) from now on; `done` succeeds when the last byte is there."""
+    def start(self, num_bytes: float, finished: Callable[[], None]) -> None:
+        """Stream num_bytes (> 0) from now on; `finished` is called when the last byte is there."""
         self._advance()
-        heapq.heappush(self._streams, (self._clock + num_bytes, self._sequence, done))
+        heapq.heappush(self._streams, (self._clock + num_bytes, self._sequence, finished))
         self._sequence += 1
         self._change_rate()
 
@@ -64,10 +68,12 @@ class CappedSharing:
         self._generation += 1
         if not self._streams:
             return
-        self._rate = min(self._cap, self._total / len(self._streams))
+        self._rate = self._rates[len(self._streams)]
         delay_ps = max(0, ceil_ps((self._streams[0][0] - self._clock) / self._rate))
-        wake_up = self._env.timeout(delay_ps, self._generation)
+        wake_up = self._env.event()
+        wake_up._ok, wake_up._value = True, self._generation
         wake_up.callbacks.append(self._finish)
+        self._env.schedule(wake_up, self._priority, delay_ps)
 
     def _finish(self, wake_up: Any) -> None:
         if wake_up.value != self._generation:
@@ -75,6 +81,9 @@ class CappedSharing:
         self._advance()
         # rounding leaves the clock a hair before the end that this wake-up was computed for
         self._clock = max(self._clock, self._streams[0][0])
+        ended = []
         while self._streams and self._streams[0][0] <= self._clock:
-            heapq.heappop(self._streams)[2].succeed()
+            ended.append(heapq.heappop(self._streams)[2])
         self._change_rate()
+        for finished in ended:
+            finished()

@@ -1,4 +1,4 @@
-"""What each task costs on a machine, before anybody shares anything."""
+"""What each task costs on a machine, before anybody shares anything. `hip_src/engine/costs.hpp` does the same."""
 
 from __future__ import annotations
 
@@ -8,31 +8,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.machine import Machine
+from flashmoe.sim import jitter
 from flashmoe.sim.bandwidth import ROUNDING_PS
+from flashmoe.sim.parameters import Parameters
 from flashmoe.tasks import TaskTable, segment_owner
 from flashmoe.trace import KINDS
 
 # Kinds whose tasks can be decoded only after the PE knows its tokens per expert (its `planned` event).
 PLANNED_KINDS = tuple(KINDS.index(kind) for kind in ("up", "down", "combine", "expert"))
+# Kinds that read a layer's input; the others read what these make.
+FIRST_KINDS = tuple(KINDS.index(kind) for kind in ("gate", "route", "dispatch"))
 
 
 @dataclass(frozen=True, eq=False)
 class Costs:
     """Costs of the n tasks of a table.
 
-    stream_bytes: (n,) float64, what a task streams through the shared channel [bytes].
+    stream_bytes: (n,) float64, what a task takes from the shared channel [bytes].
     stream_ps: (n,) int64, least time of that stream, alone at a CU's cap [ps, rounded up].
     compute_ps: (n,) int64, least time for its arithmetic and its activations [ps, rounded up].
-    after_ps: (n,) int64, what follows both: fixed overhead, remote stores [ps, rounded up].
+    overhead_ps: (n,) int64, the fixed part [ps, rounded up].
+    send_ps: (n,) int64, its remote stores, which keep the worker busy [ps, rounded up].
     early: weights may stream before a task's inputs are ready.
     """
 
     stream_bytes: NDArray[np.float64]
     stream_ps: NDArray[np.int64]
     compute_ps: NDArray[np.int64]
-    after_ps: NDArray[np.int64]
+    overhead_ps: NDArray[np.int64]
+    send_ps: NDArray[np.int64]
     early: bool
+
+    @property
+    def after_ps(self) -> NDArray[np.int64]:
+        """(n,) int64, what follows stream and arithmetic [ps]."""
+        return self.overhead_ps + self.send_ps
 
     @property
     def least_ps(self) -> NDArray[np.int64]:
@@ -40,18 +50,28 @@ class Costs:
         return np.maximum(self.stream_ps, self.compute_ps) + self.after_ps
 
 
-def task_costs(table: TaskTable, machine: Machine) -> Costs:
-    """Costs of every task of a table on a machine, in the order of the table's rows."""
-    tasks = table.tasks
-    flop_ns = tasks["flops"] / machine.cu_flops_per_ns
+def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Costs:
+    """Costs of every task of a layer's table, in the order of its rows."""
+    machine, tasks = parameters.machine, table.tasks
+    speeds = parameters.speeds[tasks["pe"]]
+    slow = 1.0 / speeds  # how much longer than usual a task takes
+    stall_ps: Any = 0
+    bytes_factor: Any = 1.0
+    if parameters.jitters:
+        bits = jitter.task_bits(parameters.seed, layer, tasks["pe"], tasks["task_id"])
+        bytes_factor = jitter.factors(bits, parameters.quantiles)
+        slow = slow * bytes_factor
+        stall_ps = np.where(jitter.stalls(bits, parameters.stall_threshold), machine.stall_ps, 0)
+    flop_ns = _padded_flops(tasks, machine.matrix_tokens, machine.matrix_rows) / machine.cu_flops_per_ns
     io_ns = tasks["io_bytes"] / machine.cache_bytes_per_ns
-    stream_bytes = tasks["weight_bytes"].astype(np.float64)
-    overhead_ps = np.array([machine.overhead_ps(kind) for kind in KINDS], dtype=np.int64)
+    kind_overhead_ps = np.array([machine.overhead_ps(kind) for kind in KINDS], np.float64)
+    stream_bytes = tasks["weight_bytes"] * bytes_factor
     return Costs(
         stream_bytes=stream_bytes,
-        stream_ps=_ceil_ps(stream_bytes / machine.cu_bytes_per_ns),
-        compute_ps=_ceil_ps(np.maximum(flop_ns, io_ns)),
-        after_ps=overhead_ps[tasks["kind"]] + _ceil_ps(remote_bytes(table) / machine.store_bytes_per_ns),
+        stream_ps=_ceil(stream_bytes / machine.cu_bytes_per_ns * 1000.0 / speeds),
+        compute_ps=_ceil(np.maximum(flop_ns, io_ns) * 1000.0 * slow),
+        overhead_ps=_ceil(kind_overhead_ps[tasks["kind"]] * slow) + stall_ps,
+        send_ps=_ceil(remote_bytes(table) / machine.store_bytes_per_ns * 1000.0),
         early=machine.prefetch,
     )
 
@@ -64,5 +84,19 @@ def remote_bytes(table: TaskTable) -> NDArray[np.float64]:
     return np.bincount(source, weights=weights, minlength=len(table.tasks)).astype(np.float64)
 
 
-def _ceil_ps(ns: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.ceil(ns * 1000.0 - ROUNDING_PS).astype(np.int64)
+def _padded_flops(tasks: Any, matrix_tokens: int, matrix_rows: int) -> NDArray[np.float64]:
+    """The matrix instruction works on whole tiles: operations on tokens and rows that are not there count, too."""
+    num_tokens, num_rows = tasks["num_tokens"].astype(np.uint64), tasks["num_rows"].astype(np.uint64)
+    is_matrix = (num_rows > 0) & (num_tokens > 0)
+    cells = np.where(is_matrix, num_tokens * num_rows, np.uint64(1))
+    padded = _up_to_multiple(num_tokens, matrix_tokens) * _up_to_multiple(num_rows, matrix_rows)
+    return (tasks["flops"] // cells * np.where(is_matrix, padded, np.uint64(1))).astype(np.float64)
+
+
+def _up_to_multiple(values: NDArray[np.uint64], of: int) -> NDArray[np.uint64]:
+    size = np.uint64(of)
+    return (values + size - np.uint64(1)) // size * size
+
+
+def _ceil(ps: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.ceil(ps - ROUNDING_PS).astype(np.int64)

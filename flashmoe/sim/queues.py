@@ -1,11 +1,11 @@
-"""How a worker gets its next pick: the five queue disciplines, one object for each PE.
+"""How a worker gets its next pick: the five queue disciplines, one object for each PE and layer.
 
 A pick is a chain of tasks (mostly of one); it is named by the row of its first task in the task table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import simpy
@@ -13,10 +13,9 @@ import simpy
 from flashmoe.sim.servers import Counter
 
 if TYPE_CHECKING:
-    from flashmoe.sim.simpy_engine import Pe, Worker
+    from flashmoe.sim.simpy_engine import Stage, Worker
 
-Steps = Generator[simpy.Event, Any, None]
-Taking = Generator[simpy.Event, Any, int | None]  # returns the row of a pick, or None: there are no more
+Got = Callable[[int | None], None]  # called with the row of a pick, or None: there are no more
 
 QUEUES = ("push", "ticket", "domain", "static", "replay")
 
@@ -26,56 +25,64 @@ class TicketQueue:
 
     runs_ahead = True  # a worker may take its next pick while it runs a task
 
-    def __init__(self, pe: Pe, order: Sequence[int]) -> None:
+    def __init__(self, stage: Stage, order: Sequence[int]) -> None:
         self._order = order
-        self._counter = Counter(pe.env)
-        self._cost_ps = pe.shared_ticket_ps
+        self._counter = Counter(stage.env)
+        self._cost_ps = stage.shared_ticket_ps
 
-    def launch(self, worker: Worker) -> Steps:
-        """What worker 0 does before anything else."""
-        yield from ()
+    def ask(self, worker: Worker, got: Got) -> None:
+        """Have the next pick for a worker looked up; the worker waits, or runs another task, until it has it."""
+        self._counter.add(*self._cost_ps).callbacks.append(lambda ticket: got(self._pick(ticket.value)))
 
-    def take(self, worker: Worker) -> Taking:
-        """Get the next pick for a worker, which is busy with it until it has it."""
-        rank: int = yield self._counter.add(*self._cost_ps)
+    def launch(self, worker: Worker) -> simpy.Event | None:
+        """What worker 0 does before anything else, or None."""
+        return None
+
+    def completed(self, worker: Worker, events: Sequence[int]) -> simpy.Event | None:
+        """What a worker does right after the signals of a task to events of its own PE, or None."""
+        return None
+
+    def _pick(self, rank: int) -> int | None:
         return self._order[rank] if rank < len(self._order) else None
-
-    def completed(self, worker: Worker, events: Sequence[int]) -> Steps:
-        """What a worker does right after the signals of a task to events of its own PE."""
-        yield from ()
 
 
 class DomainQueue(TicketQueue):
     """A counter for each domain: domain d owns ranks d, d + D, ...; its own first, then the next one's."""
 
-    def __init__(self, pe: Pe, order: Sequence[int]) -> None:
-        super().__init__(pe, order)
-        self._counters = [Counter(pe.env) for _ in range(pe.num_domains)]
-        self._near_ps, self._far_ps = pe.near_ticket_ps, pe.shared_ticket_ps
-        self._exhausted = [0] * pe.num_workers  # domains that this worker has found empty, its own first
+    def __init__(self, stage: Stage, order: Sequence[int]) -> None:
+        super().__init__(stage, order)
+        self._counters = [Counter(stage.env) for _ in range(stage.pe.num_domains)]
+        self._near_ps, self._far_ps = stage.near_ticket_ps, stage.shared_ticket_ps
+        self._exhausted = [0] * stage.pe.num_workers  # domains that this worker has found empty, its own first
 
-    def take(self, worker: Worker) -> Taking:
-        num_domains = len(self._counters)
-        while (steps := self._exhausted[worker.index]) < num_domains:
-            domain = (worker.domain + steps) % num_domains
-            ticket: int = yield self._counters[domain].add(*(self._far_ps if steps else self._near_ps))
-            rank = domain + num_domains * ticket
-            if rank < len(self._order):
-                return self._order[rank]
-            self._exhausted[worker.index] += 1
-        return None
+    def ask(self, worker: Worker, got: Got) -> None:
+        num_domains, steps = len(self._counters), self._exhausted[worker.index]
+        if steps == num_domains:
+            got(None)
+            return
+        domain = (worker.domain + steps) % num_domains
+
+        def answer(ticket: Any) -> None:
+            pick = self._pick(domain + num_domains * ticket.value)
+            if pick is None:
+                self._exhausted[worker.index] += 1
+                self.ask(worker, got)
+            else:
+                got(pick)
+
+        cost_ps = self._far_ps if steps else self._near_ps
+        self._counters[domain].add(*cost_ps).callbacks.append(answer)
 
 
 class ListQueue(TicketQueue):
     """A list of picks for each worker, no counter: `static` (ranks w, w + W, ...) and `replay`."""
 
-    def __init__(self, pe: Pe, lists: Sequence[Sequence[int]]) -> None:
-        super().__init__(pe, ())
+    def __init__(self, stage: Stage, lists: Sequence[Sequence[int]]) -> None:
+        super().__init__(stage, ())
         self._picks = [iter(rows) for rows in lists]
 
-    def take(self, worker: Worker) -> Taking:
-        yield from ()
-        return next(self._picks[worker.index], None)
+    def ask(self, worker: Worker, got: Got) -> None:
+        got(next(self._picks[worker.index], None))
 
 
 class PushQueue(TicketQueue):
@@ -91,14 +98,14 @@ class PushQueue(TicketQueue):
     runs_ahead = False  # the slot may not be filled yet, and often the running task is the one that will fill it
 
     def __init__(
-        self, pe: Pe, order: Sequence[int], pushed_on_completion: Sequence[int], groups: list[list[int]]
+        self, stage: Stage, order: Sequence[int], pushed_on_completion: Sequence[int], groups: list[list[int]]
     ) -> None:
-        super().__init__(pe, order)
-        self._pe = pe
-        self._head, self._tail = Counter(pe.env), Counter(pe.env)
+        super().__init__(stage, order)
+        self._stage, self._events = stage, stage.layer.events
+        self._env, self._head, self._tail = stage.env, Counter(stage.env), Counter(stage.env)
         # slot -> its pick, when other workers see it [ps], who appended it
         self._slots: dict[int, tuple[int, int, Worker]] = {}
-        self._waiting: dict[int, simpy.Event] = {}  # slot -> wake-up of its worker, in the order of waiting
+        self._waiting: dict[int, tuple[Worker, Got]] = {}  # slot -> who waits for it, in the order of waiting
         self._groups, self._next_group = groups, 0
         self._appending_group = False
         self._watching = False  # a bell hangs on an input of the next group
@@ -106,58 +113,84 @@ class PushQueue(TicketQueue):
         self._unlocks: dict[int, list[int]] = {}  # event -> picks that wait for it
         self._signals: dict[int, int] = {}  # event -> signals made so far, seen or not
         for row in sorted(pushed_on_completion):
-            inputs = [event for event in pe.layer.inputs[row] if pe.layer.target[event] > 0]
+            # who opens a layer holds its pick until the layer before is through
+            inputs = [e for e in stage.layer.inputs[row] if self._events.target[e] > 0 and e != stage.entry]
             self._missing[row] = len(inputs)
             for event in inputs:
                 self._unlocks.setdefault(event, []).append(row)
 
-    def launch(self, worker: Worker) -> Steps:
-        yield from self._append(worker, [row for row, missing in self._missing.items() if missing == 0])
+    def launch(self, worker: Worker) -> simpy.Event | None:
+        return self._append(worker, [row for row, missing in self._missing.items() if missing == 0])
 
-    def take(self, worker: Worker) -> Taking:
-        slot: int = yield self._head.add(*self._cost_ps)
-        if slot >= len(self._order):
-            return None
-        while slot not in self._slots:
-            if not self._appending_group and self._group_is_ready(worker):
-                yield from self._append_group(worker)
-                continue
-            self._watch()
-            wake = self._waiting[slot] = worker.sleep(slot)
-            yield from worker.wait(wake)
-        self._offer()  # this worker may have been woken for a group, and its own slot came first
-        row, seen_ps, writer = self._slots[slot]
-        if writer is not worker and seen_ps > self._pe.env.now:
-            yield self._pe.env.timeout(seen_ps - self._pe.env.now)
-        return row
+    def ask(self, worker: Worker, got: Got) -> None:
+        def ticketed(ticket: Any) -> None:
+            if ticket.value >= len(self._order):
+                got(None)
+            else:
+                self._settle(worker, ticket.value, got)
 
-    def completed(self, worker: Worker, events: Sequence[int]) -> Steps:
+        self._head.add(*self._cost_ps).callbacks.append(ticketed)
+
+    def completed(self, worker: Worker, events: Sequence[int]) -> simpy.Event | None:
         ready = []
         for event in events:
             self._signals[event] = self._signals.get(event, 0) + 1
-            if self._signals[event] == self._pe.layer.target[event]:
+            if self._signals[event] == self._events.target[event]:
                 for row in self._unlocks.get(event, ()):
                     self._missing[row] -= 1
                     if self._missing[row] == 0:
                         ready.append(row)
-        yield from self._append(worker, ready)
+        return self._append(worker, ready)
 
-    def _append(self, worker: Worker, rows: list[int]) -> Steps:
-        if not rows:
+    def _settle(self, worker: Worker, slot: int, got: Got) -> None:
+        """Hand out a slot that is filled; else append the next group, if it is ready, or wait."""
+        if slot not in self._slots:
+            if not self._appending_group and self._group_is_ready(worker):
+                self._append_group(worker, lambda: self._settle(worker, slot, got))
+                return
+            self._watch()
+            self._waiting[slot] = (worker, got)
+            worker.waits_for, worker.slot = "slot", slot
             return
-        first: int = yield self._tail.add(*self._cost_ps, len(rows))
-        seen_ps = int(self._pe.env.now) + self._pe.signal_ps()
-        for slot, row in enumerate(rows, start=first):
-            self._slots[slot] = (row, seen_ps, worker)
-            if wake := self._waiting.pop(slot, None):
-                wake.succeed()
+        self._offer()  # this worker may have been woken for a group, and its own slot came first
+        row, seen_ps, writer = self._slots[slot]
+        if writer is not worker and seen_ps > self._env.now:
+            self._env.timeout(seen_ps - int(self._env.now)).callbacks.append(lambda _: got(row))
+        else:
+            got(row)
 
-    def _append_group(self, worker: Worker) -> Steps:
-        rows = self._groups[self._next_group]
+    def _append(self, worker: Worker, rows: list[int]) -> simpy.Event | None:
+        if not rows:
+            return None
+
+        def publish(first: Any) -> None:
+            seen_ps = int(self._env.now) + self._stage.pe.far_ps()
+            for slot, row in enumerate(rows, start=first.value):
+                self._slots[slot] = (row, seen_ps, worker)
+                self._wake(slot)
+
+        appended = self._tail.add(*self._cost_ps, len(rows))
+        appended.callbacks.append(publish)
+        return appended
+
+    def _append_group(self, worker: Worker, then: Callable[[], None]) -> None:
+        def done(_: Any) -> None:
+            self._appending_group = False
+            self._next_group += 1
+            then()
+
         self._appending_group = True
-        yield from self._append(worker, rows)
-        self._appending_group = False
-        self._next_group += 1
+        appended = self._append(worker, self._groups[self._next_group])
+        if appended is None:
+            done(None)
+        else:
+            appended.callbacks.append(done)
+
+    def _wake(self, slot: int) -> None:
+        """Let the worker that waits for a slot, if there is one, look again."""
+        if slot in self._waiting:
+            worker, got = self._waiting.pop(slot)
+            self._env.timeout(0).callbacks.append(lambda _: self._settle(worker, slot, got))
 
     def _group_is_ready(self, worker: Worker | None) -> bool:
         """Whether a worker sees the inputs of the next group; with None, whether everybody does."""
@@ -165,23 +198,20 @@ class PushQueue(TicketQueue):
 
     def _unseen_input(self, worker: Worker | None) -> int | None:
         if self._next_group == 0:
-            inputs = [self._pe.planned]  # a chain waits for each of its other inputs itself
+            inputs = [self._stage.planned]  # a chain waits for each of its other inputs itself
         else:
-            inputs = self._pe.layer.inputs[self._groups[self._next_group][0]]
-        sees = worker.sees if worker else self._pe.layer.has_landed
-        return next((event for event in inputs if not sees(event)), None)
+            inputs = self._stage.layer.inputs[self._groups[self._next_group][0]]
+        return next((event for event in inputs if not self._events.is_seen(event, worker)), None)
 
     def _watch(self) -> None:
-        """Hang a bell on the first input of the next group that has not landed."""
+        """Hang a bell on the first input of the next group that not everybody sees."""
         if self._watching or self._appending_group or self._next_group >= len(self._groups):
             return
         if (event := self._unseen_input(None)) is not None:
-            bell = self._pe.env.event()
-            bell.callbacks.append(self._ring)
-            self._pe.layer.wake_on(event, bell)
+            self._events.call_when_landed(event, self._ring)
             self._watching = True
 
-    def _ring(self, _: simpy.Event) -> None:
+    def _ring(self) -> None:
         self._watching = False
         self._offer()
 
@@ -190,36 +220,36 @@ class PushQueue(TicketQueue):
         if not self._waiting or self._appending_group:
             return
         if self._group_is_ready(None):
-            slot = next(iter(self._waiting))
-            self._waiting.pop(slot).succeed()
+            self._wake(next(iter(self._waiting)))
         else:
             self._watch()
 
 
 def make_queue(
-    pe: Pe, queue: str, order: Sequence[int], lists: Sequence[Sequence[int]] | None, by_rows: bool
+    stage: Stage, queue: str, order: Sequence[int], lists: Sequence[Sequence[int]] | None, by_rows: bool
 ) -> TicketQueue:
-    """The queue of one PE.
+    """The queue of one PE in one layer.
 
     order: rows of all picks by rank. lists: rows for each worker, `replay` only. by_rows: tiling of `down`.
     Raises: ValueError naming the queue and the known ones, or the wrong number of lists.
     """
+    num_workers = stage.pe.num_workers
     if queue == "ticket":
-        return TicketQueue(pe, order)
+        return TicketQueue(stage, order)
     if queue == "domain":
-        return DomainQueue(pe, order)
+        return DomainQueue(stage, order)
     if queue == "static":
-        return ListQueue(pe, [order[worker :: pe.num_workers] for worker in range(pe.num_workers)])
+        return ListQueue(stage, [order[worker::num_workers] for worker in range(num_workers)])
     if queue == "replay":
-        if lists is None or len(lists) != pe.num_workers:
+        if lists is None or len(lists) != num_workers:
             given = "none" if lists is None else str(len(lists))
-            raise ValueError(f"replay on PE {pe.index} has {given} lists (must be one a worker, so {pe.num_workers})")
-        return ListQueue(pe, lists)
+            raise ValueError(f"replay on PE {stage.pe.index} has {given} lists (must be one a worker: {num_workers})")
+        return ListQueue(stage, lists)
     if queue == "push":
         planned_kinds = ("up", "expert", "down") if by_rows else ("up", "expert")
-        after_plan = [row for row in order if pe.layer.kind_name(row) in planned_kinds]
-        combines = sorted(row for row in order if pe.layer.kind_name(row) == "combine")
+        after_plan = [row for row in order if stage.layer.kind_name(row) in planned_kinds]
+        combines = sorted(row for row in order if stage.layer.kind_name(row) == "combine")
         grouped = {*after_plan, *combines}
         on_completion = [row for row in order if row not in grouped]
-        return PushQueue(pe, order, on_completion, [after_plan, *([row] for row in combines)])
+        return PushQueue(stage, order, on_completion, [after_plan, *([row] for row in combines)])
     raise ValueError(f"unknown queue {queue!r} (queues: {', '.join(QUEUES)})")

@@ -1,4 +1,4 @@
-"""What serves one at a time: ticket counters and links."""
+"""What serves one at a time: ticket counters, cores of a host, links."""
 
 from __future__ import annotations
 
@@ -66,33 +66,48 @@ class Cores:
 
 
 class Links:
-    """The fabric between PEs. mesh: a serial server for each (source, destination) pair.
-    switch: the source's egress server, then the destination's ingress server (store and forward).
+    """The fabric between PEs: three servers in a row, first come, first served, cut-through.
 
-    A message holds each server for bytes / link_bytes_per_ns [ps, rounded up], and lands put_ps later.
+    A message passes its source's port (what all its links share), the link to its destination, and the
+    destination's port. Each is busy for bytes over bandwidth [ps, rounded up] plus link_message_ps.
+    The head of a message goes on at once, so an idle fabric takes as long as the slowest of the three; the
+    signal is seen put_ps after the tail is through. A mesh has no limit at its ports (port_bytes_per_ns = 0),
+    an ideal switch none on its links.
     """
 
     def __init__(self, env: simpy.Environment, machine: Machine) -> None:
         self._env = env
-        self._put_ps = machine.put_ps
-        self._bytes_per_ps = machine.link_bytes_per_ns / 1000.0
-        self._mesh = machine.link_topology == "mesh"
-        self._free_ps: dict[tuple[str, int, int], int] = {}
+        self._put_ps, self._message_ps = machine.put_ps, machine.link_message_ps
+        self._link_bytes_per_ps = machine.link_bytes_per_ns / 1000.0
+        self._port_bytes_per_ps = machine.port_bytes_per_ns / 1000.0
+        self._egress_free_ps: dict[int, int] = {}
+        self._link_free_ps: dict[tuple[int, int], int] = {}
+        self._ingress_free_ps: dict[int, int] = {}
 
-    def send(self, source: int, destination: int, num_bytes: int, land: Callable[[], None]) -> None:
-        """Send a message now; `land` is called when its signal is seen at the destination."""
-        service_ps = ceil_ps(num_bytes / self._bytes_per_ps)
-        if self._mesh:
-            self._serve(("link", source, destination), service_ps, self._put_ps, land)
-            return
-
-        def enter() -> None:
-            self._serve(("ingress", destination, 0), service_ps, self._put_ps, land)
-
-        self._serve(("egress", source, 0), service_ps, 0, enter)
-
-    def _serve(self, server: tuple[str, int, int], service_ps: int, latency_ps: int, then: Callable[[], None]) -> None:
+    def send(self, source: int, destination: int, num_bytes: int, landed: Callable[[int], None]) -> None:
+        """Send a message now. `landed` is called with the time [ps] at which its signal is seen at the destination:
+        at once if that is known already, else as the message reaches the destination's port."""
         now_ps = int(self._env.now)
-        self._free_ps[server] = max(now_ps, self._free_ps.get(server, 0)) + service_ps
-        event = self._env.timeout(self._free_ps[server] + latency_ps - now_ps)
-        event.callbacks.append(lambda _: then())
+        on_link_ps = self._busy_ps(num_bytes, self._link_bytes_per_ps)
+        link = (source, destination)
+        if self._port_bytes_per_ps == 0:
+            self._link_free_ps[link] = tail_ps = max(now_ps, self._link_free_ps.get(link, 0)) + on_link_ps
+            landed(tail_ps + self._put_ps)
+            return
+        at_port_ps = self._busy_ps(num_bytes, self._port_bytes_per_ps)
+        head_ps = max(now_ps, self._egress_free_ps.get(source, 0))
+        self._egress_free_ps[source] = head_ps + at_port_ps
+        # a link serves the messages of one port only, so their order is known here
+        head_ps = max(head_ps, self._link_free_ps.get(link, 0))
+        self._link_free_ps[link] = head_ps + on_link_ps
+        tail_ps = max(head_ps + on_link_ps, head_ps + at_port_ps)
+
+        def enter(_: simpy.Event) -> None:
+            free_ps = max(head_ps, self._ingress_free_ps.get(destination, 0)) + at_port_ps
+            self._ingress_free_ps[destination] = free_ps
+            landed(max(free_ps, tail_ps) + self._put_ps)
+
+        self._env.timeout(head_ps - now_ps).callbacks.append(enter)
+
+    def _busy_ps(self, num_bytes: int, bytes_per_ps: float) -> int:
+        return self._message_ps + ceil_ps(num_bytes / bytes_per_ps)

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu_layer.hpp"
+#include "engine_module.hpp"
 #include "host_benchmark.hpp"
 #include "task_table.hpp"
 
@@ -38,7 +39,7 @@ TaskTable make_table(const Shape& shape, const Tiling& tiling,
     experts.push_back(experts_of(array, shape));
     num_tokens.push_back(static_cast<u32>(array.shape(0)));
   }
-  return TaskTable(shape, tiling, experts, num_tokens, gate_inside);
+  return TaskTable(LayerPlan(shape, tiling, experts, num_tokens, gate_inside));
 }
 
 //! Keeps the weights alive; bf16 arrays come as uint16.
@@ -74,8 +75,9 @@ py::dict fault_dict(const host::CpuLayer& layer) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  PYBIND11_NUMPY_DTYPE(TaskRow, pe, kind, task_id, expert, tile, block, num_tokens, peer, chain, weight_bytes,
-                       io_bytes, link_bytes, flops);
+  bind_engine(module);
+  PYBIND11_NUMPY_DTYPE(TaskRow, pe, kind, task_id, expert, tile, block, num_tokens, peer, chain, num_rows,
+                       weight_bytes, io_bytes, link_bytes, flops);
   PYBIND11_NUMPY_DTYPE(TraceRecord, start_ns, duration_ns, task_id, ticket_delta, ready_delta, worker, peer,
                        domain, flags);
   module.def("task_dtype", [] { return py::dtype::of<TaskRow>(); });
@@ -122,8 +124,9 @@ PYBIND11_MODULE(_native, module) {
       .def("first", [](const TaskTable& t) { return to_array(t.first); })
       .def("events",
            [](const TaskTable& t) {
-             return py::make_tuple(to_array(t.event_pe), to_array(t.event_kind), to_array(t.event_index),
-                                   to_array(t.event_target), to_array(t.planned_event));
+             return py::make_tuple(to_array(t.plan.event_pe), to_array(t.plan.event_kind),
+                                   to_array(t.plan.event_index), to_array(t.plan.event_target),
+                                   to_array(t.plan.planned_event));
            })
       .def(
           "waits",
@@ -136,14 +139,14 @@ PYBIND11_MODULE(_native, module) {
       .def("order",
            [](TaskTable& t, u32 order) {
              std::vector<Array<u32>> ids;
-             for (u32 pe = 0; pe < t.graphs().size(); ++pe)
+             for (u32 pe = 0; pe < t.plan.graphs().size(); ++pe)
                ids.push_back(to_array(t.order(pe, static_cast<Order>(order))));
              return ids;
            })
       .def("plan_digests",
            [](const TaskTable& t) {
              std::vector<u64> digests;
-             for (const TaskGraph& g : t.graphs())
+             for (const TaskGraph& g : t.plan.graphs())
                digests.push_back(plan_digest(g.plan.entry_offset, g.plan.num_local));
              return digests;
            })
@@ -151,7 +154,7 @@ PYBIND11_MODULE(_native, module) {
         // tokens of the task's own PE, for expert tasks; 0 for others
         std::vector<u32> counts;
         for (const TaskRow& row : t.tasks) {
-          const TaskGraph& graph = t.graphs()[row.pe];
+          const TaskGraph& graph = t.plan.graphs()[row.pe];
           const Task task = graph.decode(row.task_id);
           u32 own = 0;
           for (u32 i = 0; row.expert >= 0 && i < task.num_tokens; ++i) {

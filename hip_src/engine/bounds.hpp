@@ -1,0 +1,180 @@
+// Times that no schedule can beat, class by class; flashmoe/sim/bounds.py explains them, task by task.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "layer_graph.hpp"
+
+namespace flashmoe::engine {
+
+struct Bounds {
+  double hbm_ps, workers_ps, longest_task_ps, critical_path_ps, links_ps;
+};
+
+//! Layers are added in their order. Jitter is left out.
+class BoundsOf {
+ public:
+  BoundsOf(const Parameters& p, bool pipelined, i64 gap_ps)
+      : p_(p),
+        pipelined_(pipelined),
+        gap_ps_(gap_ps),
+        distinct_(p.num_pes),
+        stream_ps_(p.num_pes),
+        rest_ps_(p.num_pes),
+        entry_ps_(p.num_pes),
+        traffic_(u64{p.num_pes} * p.num_pes) {
+    launch_ps_ = static_cast<double>(*std::min_element(p.start_ps.begin(), p.start_ps.end()));
+  }
+
+  void add(const LayerGraph& g) {
+    count_classes(g);
+    if (num_layers_ == 0 || !pipelined_) {
+      for (double& entry : entry_ps_) entry += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
+      idle_ps_ += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
+    }
+    ++num_layers_;
+    for (u32 pe = 0; pe < g.num_pes; ++pe) {
+      distinct_[pe] += g.distinct_bytes[pe] / (p_.hbm_bytes_per_ns * p_.speeds[pe]) * 1000.0;
+      for (u32 row = g.first[pe]; row < g.first[pe + 1];) {
+        const u32 chain = std::max(1u, g.chain_of(row));
+        add_pick(g, pe, row, chain);
+        row += chain;
+      }
+    }
+    follow_dependences(g);
+  }
+
+  Bounds result() const {
+    const bool is_host = p_.num_cores > 0;
+    double hbm = 0, all = 0, busiest_links = 0;
+    for (double ps : distinct_) {
+      hbm = std::max(hbm, ps);
+      all += ps;
+    }
+    std::vector<double> sums[2] = {stream_ps_, rest_ps_};
+    double workers = 0;
+    for (const std::vector<double>& sum : sums) {
+      double total = 0;
+      for (double ps : sum) {
+        workers = std::max(workers, ps / p_.num_workers);
+        total += ps;
+      }
+      if (is_host) workers = std::max(workers, total / p_.num_cores);
+    }
+    for (u32 a = 0; a < p_.num_pes; ++a) {
+      double out = 0, in = 0;
+      for (u32 b = 0; b < p_.num_pes; ++b) {
+        busiest_links = std::max(busiest_links, traffic_[a * p_.num_pes + b] / p_.link_bytes_per_ns);
+        out += traffic_[a * p_.num_pes + b];
+        in += traffic_[b * p_.num_pes + a];
+      }
+      if (p_.port_bytes_per_ns > 0)
+        busiest_links = std::max(busiest_links, std::max(out, in) / p_.port_bytes_per_ns);
+    }
+    double critical = 0;
+    for (double ps : end_of_pe_) critical = std::max(critical, ps);
+    return Bounds{(is_host ? all : hbm) + idle_ps_, workers + idle_ps_, longest_ps_ + launch_ps_, critical,
+                  busiest_links * 1000.0 + idle_ps_};
+  }
+
+ private:
+  void count_classes(const LayerGraph& g) {
+    first_row_.assign(g.classes.size(), none);
+    for (u32 row = 0; row < g.num_tasks(); ++row) {
+      u32& first = first_row_[g.class_of[row]];
+      if (first == none) first = row;
+    }
+  }
+
+  i64 stream_ps(const TaskClass& c, u32 pe) const {
+    return least_stream_ps(c.cost.stream_bytes, p_.speeds[pe], p_);
+  }
+  static i64 after_ps(const TaskClass& c) { return c.cost.overhead_ps + c.before_jitter.send_ps; }
+
+  void add_pick(const LayerGraph& g, u32 pe, u32 row, u32 chain) {
+    double stream = 0, rest = 0, least = 0;
+    for (u32 i = row; i < row + chain; ++i) {
+      const TaskClass& c = g.of(i);
+      const i64 streams = stream_ps(c, pe);
+      if (p_.prefetch) {
+        stream += static_cast<double>(streams);
+        rest += static_cast<double>(c.cost.compute_ps + after_ps(c));
+      } else {
+        rest += static_cast<double>(std::max(streams, c.cost.compute_ps) + after_ps(c));
+      }
+      if (i == row) least = static_cast<double>(std::max(streams, c.cost.compute_ps) + after_ps(c));
+      for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
+        const SignalTo& to = g.signals[s];
+        if (to.pe != pe) traffic_[pe * p_.num_pes + to.pe] += static_cast<double>(to.bytes);
+      }
+    }
+    stream_ps_[pe] += stream;
+    rest_ps_[pe] += rest;
+    longest_ps_ = std::max(longest_ps_, std::max(least, std::max(stream, rest)));
+  }
+
+  //! Earliest end of every class with unlimited workers. Signals inside a PE cost nothing: one worker may run both
+  //! ends. Kinds in the order of the stages are in topological order, on all PEs.
+  void follow_dependences(const LayerGraph& g) {
+    event_ps_.assign(g.event_target.size(), 0.0);
+    end_ps_.assign(g.classes.size(), 0.0);
+    weights_ps_.assign(g.classes.size(), 0.0);
+    std::vector<double> outputs_ps = entry_ps_, all_ps = entry_ps_;
+    constexpr TaskKind stages[] = {TaskKind::gate,   TaskKind::route, TaskKind::dispatch, TaskKind::up,
+                                   TaskKind::expert, TaskKind::down,  TaskKind::combine};
+    for (TaskKind kind : stages) {
+      for (u32 pe = 0; pe < g.num_pes; ++pe) {
+        for (u32 row = g.first[pe]; row < g.first[pe + 1]; ++row) {
+          const u32 number = g.class_of[row];
+          const TaskClass& c = g.classes[number];
+          if (c.kind != static_cast<u32>(kind) || first_row_[number] != row) continue;
+          end_class(g, pe, row, number, c);
+          all_ps[pe] = std::max(all_ps[pe], end_ps_[number]);
+          if (c.signal_begin == c.signal_end) outputs_ps[pe] = std::max(outputs_ps[pe], end_ps_[number]);
+        }
+      }
+    }
+    end_of_pe_ = all_ps;
+    entry_ps_ = pipelined_ ? outputs_ps : all_ps;
+  }
+
+  void end_class(const LayerGraph& g, u32 pe, u32 row, u32 number, const TaskClass& c) {
+    const bool inside_chain = g.chain_of(row) == 0;
+    const u32 before = inside_chain ? g.class_of[row - 1] : none;
+    const bool is_planned = c.kind >= static_cast<u32>(TaskKind::up);
+    double start = inside_chain ? end_ps_[before] : (is_planned ? 0.0 : entry_ps_[pe]);
+    for (u32 i = c.wait_begin; i < c.wait_end; ++i) start = std::max(start, event_ps_[g.waits[i]]);
+    // with prefetch the next task of a chain streams as soon as the one before has its weights
+    double from = start;
+    if (p_.prefetch) {
+      from = std::max(inside_chain ? weights_ps_[before] : 0.0,
+                      is_planned ? event_ps_[g.planned_event[pe]] : launch_ps_);
+    }
+    weights_ps_[number] = from + static_cast<double>(stream_ps(c, pe));
+    end_ps_[number] = std::max(start + static_cast<double>(c.cost.compute_ps), weights_ps_[number]) +
+                      static_cast<double>(after_ps(c));
+    const double slowest = p_.port_bytes_per_ns > 0 ? std::min(p_.port_bytes_per_ns, p_.link_bytes_per_ns)
+                                                    : p_.link_bytes_per_ns;
+    for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
+      const SignalTo& to = g.signals[s];
+      const double trip = to.pe == pe ? 0.0
+                                      : static_cast<double>(p_.put_ps) +
+                                            static_cast<double>(to.bytes) / slowest * 1000.0;
+      event_ps_[to.event] = std::max(event_ps_[to.event], end_ps_[number] + trip);
+    }
+  }
+
+  const Parameters& p_;
+  bool pipelined_;
+  i64 gap_ps_;
+  u32 num_layers_ = 0;
+  double launch_ps_ = 0, idle_ps_ = 0, longest_ps_ = 0;
+  std::vector<double> distinct_;  // [num_pes] least time for the weights [ps]
+  std::vector<double> stream_ps_, rest_ps_;
+  std::vector<double> entry_ps_, end_of_pe_;
+  std::vector<double> traffic_;  // [source][destination] bytes
+  std::vector<u32> first_row_;
+  std::vector<double> event_ps_, end_ps_, weights_ps_;
+};
+
+}  // namespace flashmoe::engine

@@ -1,0 +1,58 @@
+// What each task costs on a machine, before anybody shares anything; flashmoe/sim/costs.py does the same.
+#pragma once
+#include "flashmoe/work.hpp"
+#include "jitter.hpp"
+#include "parameters.hpp"
+#include "sharing.hpp"
+
+namespace flashmoe::engine {
+
+//! What a task is, as far as its costs go.
+struct Amounts {
+  TaskKind kind;
+  u32 num_tokens, num_rows;  // of the matrix product; 0 rows: none
+  u64 weight_bytes, io_bytes, flops;
+  u64 remote_bytes;  // stored to other PEs
+};
+
+//! Costs of one task; those of its class are those with factor 1.
+struct Cost {
+  double stream_bytes;
+  i64 compute_ps, overhead_ps;
+};
+
+//! Costs of all tasks of a class, before jitter.
+struct ClassCost {
+  double weight_bytes, work_ps, kind_overhead_ps;
+  i64 send_ps;
+};
+
+inline double padded_flops(const Amounts& a, const Parameters& p) {
+  const bool is_matrix = a.num_rows > 0 && a.num_tokens > 0;
+  if (!is_matrix) return static_cast<double>(a.flops);
+  const u64 tokens = (u64{a.num_tokens} + p.matrix_tokens - 1) / p.matrix_tokens * p.matrix_tokens;
+  const u64 rows = (u64{a.num_rows} + p.matrix_rows - 1) / p.matrix_rows * p.matrix_rows;
+  return static_cast<double>(a.flops / (u64{a.num_tokens} * a.num_rows) * (tokens * rows));
+}
+
+inline ClassCost class_cost(const Amounts& a, const Parameters& p) {
+  const double flop_ns = padded_flops(a, p) / p.cu_flops_per_ns;
+  const double io_ns = static_cast<double>(a.io_bytes) / p.cache_bytes_per_ns;
+  return ClassCost{static_cast<double>(a.weight_bytes), std::max(flop_ns, io_ns) * 1000.0,
+                   p.overhead_ps[static_cast<u32>(a.kind)],
+                   ceil_ps(static_cast<double>(a.remote_bytes) / p.store_bytes_per_ns * 1000.0)};
+}
+
+//! factor: of the jitter; stall_ps: extra time.
+inline Cost task_cost(const ClassCost& c, double speed, double factor, i64 stall_ps) {
+  const double slow = 1.0 / speed * factor;
+  return Cost{c.weight_bytes * factor, ceil_ps(c.work_ps * slow),
+              ceil_ps(c.kind_overhead_ps * slow) + stall_ps};
+}
+
+//! Least time of a stream, alone at a CU's cap.
+inline i64 least_stream_ps(double bytes, double speed, const Parameters& p) {
+  return ceil_ps(bytes / p.cu_bytes_per_ns * 1000.0 / speed);
+}
+
+}  // namespace flashmoe::engine

@@ -1,0 +1,1146 @@
+#include "engine.hpp"
+
+#include <algorithm>
+
+namespace flashmoe::engine {
+namespace {
+
+enum class What : u32 { resume, ticket, appended, settle, give, land, ingress, launch };
+enum class Step : u32 {
+  enter,
+  start,
+  launch_queue,
+  loop,
+  get_core,
+  has_core,
+  execute,
+  loaded,
+  end,
+  bookkeep,
+  yield_core,
+  next_in_chain,
+  wait_in_chain,
+  leave,
+  done
+};
+enum class SleepsFor : u32 { nothing, pick, weights, inputs };
+
+constexpr u32 max_held = max_look_ahead + 1;
+constexpr u32 max_picks = max_held + 2;  // beside them the one that runs and the next of its chain
+constexpr u32 no_pick = max_picks;
+constexpr u64 progress_step = 1 << 16;
+constexpr u64 named_stuck = 8;
+
+bool is_planned_kind(u32 kind) { return kind >= static_cast<u32>(TaskKind::up); }
+bool is_first_kind(u32 kind) { return kind <= static_cast<u32>(TaskKind::dispatch); }
+
+struct Pick {
+  u32 row = 0, serial = 0;
+  u32 before = none;     // event to be seen before all others: the plan, or the layer's entry
+  u32 next_wait = 0;     // first input, in the class's list, that was not seen yet
+  bool used = false, streaming = false;
+  i64 asked_ps = 0, ticket_ps = 0, loaded_ps = -1;
+  Cost cost{};
+};
+
+struct Worker {
+  u32 pe, index, number;
+  std::int32_t domain;
+  Step step = Step::enter, then = Step::enter;
+  SleepsFor sleeps_for = SleepsFor::nothing;
+  bool triggered = false, more = true, asking = false;
+  u32 layer = 0;
+  u32 current = no_pick, following = no_pick, awaited = no_pick;
+  u32 chain_end = 0;
+  u32 num_held = 0, first_stream = 0, num_streams = 0;
+  u32 waits_for_slot = none;
+  i64 asked_ps = 0, start_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0, last_end_ps = 0;
+  u32 held[max_held];        // picks, oldest first
+  u32 streams[max_picks];    // ring of picks whose weights have been asked for, the first one on its way
+  Pick picks[max_picks];
+};
+
+//! The push queue of one PE and layer.
+struct PushState {
+  struct Slot {
+    u32 row = none, writer = none;
+    i64 seen_ps = 0;
+    u32 waiter = none, serial = 0;
+  };
+  Counter tail;
+  std::vector<Slot> slots;
+  std::deque<std::pair<u32, u32>> waiting;  // (slot, serial), in the order of waiting; stale where serials differ
+  u32 serial = 0;
+  std::vector<std::vector<u32>> groups;
+  std::size_t next_group = 0;
+  bool appending_group = false, watching = false;
+  std::vector<u32> missing;   // [row of the PE] inputs still to be completed on this PE
+  std::vector<u32> first_ready;
+  std::vector<std::vector<u32>> unlocks;  // [event of the PE, from first_event] rows that wait for it
+  u32 first_event = 0;
+  std::vector<u32> signals;               // [event of the PE] made so far, seen or not
+  std::vector<std::vector<u32>> appending;  // [worker] rows on their way
+};
+
+//! One PE's share of one layer.
+struct Stage {
+  u32 num_picks = 0, planned = 0, entry = 0, arrived = 0;
+  std::vector<Counter> heads;
+  std::vector<u32> turn;  // [worker] picks taken (static, replay), domains found empty (domain)
+  std::vector<u32> launched;
+  std::unique_ptr<PushState> push;
+};
+
+struct Layer {
+  std::unique_ptr<LayerGraph> graph;
+  std::vector<EventState> events;
+  std::vector<Stage> stages;
+  std::vector<Record> records;
+  u64 left = 0, tasks_done = 0;
+  i64 end_ps = 0;
+};
+
+class Engine {
+ public:
+  Engine(const Parameters& p, const RunConfig& config)
+      : p_(p), config_(config), links_(p), layers_(config.num_layers) {
+    const u64 row = p.rates.size() / p.num_pes;
+    const bool is_host = p.num_cores > 0;
+    for (u32 pe = 0; pe < (is_host ? 1 : p.num_pes); ++pe) channels_.emplace_back(p.rates.data() + pe * row);
+    shares_channel_ = is_host;
+    free_cores_ = p.num_cores;
+    workers_.resize(u64{p.num_pes} * p.num_workers);
+    for (u32 i = 0; i < workers_.size(); ++i) {
+      Worker& w = workers_[i];
+      w.number = i;
+      w.pe = i / p.num_workers;
+      w.index = i % p.num_workers;
+      w.domain = static_cast<std::int32_t>(w.index % p.num_domains);
+    }
+    key_ = mixed(p.seed * golden);
+    near_ticket_[0] = p.ticket_service_ps;
+    near_ticket_[1] = p.ticket_ps;
+    shared_ticket_[0] = p.num_domains > 1 ? p.ticket_far_service_ps : p.ticket_service_ps;
+    shared_ticket_[1] = p.num_domains > 1 ? p.ticket_far_ps : p.ticket_ps;
+  }
+
+  Result run() {
+    for (Worker& w : workers_) clock_.at_once(item(What::resume, w.number));
+    Item next;
+    for (;;) {
+      const Clock::Turn turn = clock_.step(channel_ps_, next);
+      if (turn == Clock::Turn::end) break;
+      if (turn == Clock::Turn::channel) {
+        finish_streams();
+      } else {
+        handle(next);
+      }
+    }
+    return report();
+  }
+
+ private:
+  static Item item(What what, u32 who, u64 value = 0) { return Item{static_cast<u32>(what), who, value}; }
+  i64 now() const { return clock_.now(); }
+
+  // --- layers
+
+  Layer& layer(u32 number) {
+    if (!layers_[number]) make_layer(number);
+    return *layers_[number];
+  }
+
+  void make_layer(u32 number) {
+    auto made = std::make_unique<Layer>();
+    made->graph = config_.make_layer(number);
+    const LayerGraph& g = *made->graph;
+    made->events.resize(g.event_target.size() + g.num_pes);
+    for (std::size_t i = 0; i < g.event_target.size(); ++i) made->events[i].target = g.event_target[i];
+    const u32 first_entry = static_cast<u32>(g.event_target.size());
+    for (u32 pe = 0; pe < g.num_pes; ++pe) {
+      if (is_pipelined(number)) made->events[first_entry + pe].target = layer(number - 1).graph->outputs[pe];
+      Stage stage;
+      stage.planned = g.planned_event[pe];
+      stage.entry = first_entry + pe;
+      stage.heads.resize(config_.queue == QueueKind::domain ? p_.num_domains : 1);
+      stage.turn.assign(p_.num_workers, 0);
+      if (config_.queue != QueueKind::replay) stage.num_picks = static_cast<u32>(g.picks.by_rank[pe].size());
+      made->stages.push_back(std::move(stage));
+    }
+    if (config_.keep_records) made->records.resize(g.num_tasks());
+    result_.num_tasks += g.num_tasks();
+    for (u32 c : g.class_of) {
+      result_.hbm_bytes += g.classes[c].weight_bytes;
+      result_.link_bytes += g.classes[c].link_bytes;
+    }
+    layers_[number] = std::move(made);
+    if (config_.queue == QueueKind::push) {
+      for (u32 pe = 0; pe < g.num_pes; ++pe) make_push(number, pe);
+    }
+  }
+
+  bool is_pipelined(u32 number) const { return number > 0 && config_.pipelined; }
+  bool is_launch(u32 number) const { return number == 0 || !config_.pipelined; }
+
+  //! Forgets a layer that everybody has left: memory stays flat however many there are.
+  void left(u32 number) {
+    Layer& l = *layers_[number];
+    if (++l.left < workers_.size()) return;
+    close_layer(number);
+  }
+
+  void close_layer(u32 number) {
+    Layer& l = *layers_[number];
+    result_.tasks_done += l.tasks_done;
+    result_.layer_end_ps.resize(std::max<std::size_t>(result_.layer_end_ps.size(), number + 1));
+    result_.layer_end_ps[number] = l.end_ps;
+    result_.makespan_ps = std::max(result_.makespan_ps, l.end_ps);
+    if (config_.keep_records) {
+      result_.records.resize(config_.num_layers);
+      result_.records[number] = std::move(l.records);
+    }
+    if (l.tasks_done < l.graph->num_tasks()) return;  // kept for the report
+    layers_[number].reset();
+    closed_ = std::max(closed_, number + 1);
+  }
+
+  // --- memory
+
+  Channel& channel(u32 pe) { return channels_[shares_channel_ ? 0 : pe]; }
+
+  void update_channel_ps() {
+    channel_ps_ = never;
+    for (u32 i = 0; i < channels_.size(); ++i) {
+      if (channels_[i].next_ps() < channel_ps_) {
+        channel_ps_ = channels_[i].next_ps();
+        first_channel_ = i;
+      }
+    }
+  }
+
+  void start_stream(Worker& w) {
+    const u32 index = shares_channel_ ? 0 : w.pe;
+    Channel& c = channels_[index];
+    c.start(now(), w.picks[w.streams[w.first_stream]].cost.stream_bytes, w.number);
+    if (c.next_ps() < channel_ps_ || (c.next_ps() == channel_ps_ && index < first_channel_)) {
+      channel_ps_ = c.next_ps();
+      first_channel_ = index;
+    } else if (index == first_channel_) {
+      update_channel_ps();
+    }
+  }
+
+  void finish_streams() {
+    ended_.clear();
+    channels_[first_channel_].finish(now(), ended_);
+    update_channel_ps();
+    for (u32 number : ended_) {
+      Worker& w = workers_[number];
+      const u32 pick = w.streams[w.first_stream];
+      w.first_stream = (w.first_stream + 1) % max_picks;
+      --w.num_streams;
+      w.picks[pick].loaded_ps = now();
+      if (w.sleeps_for == SleepsFor::weights && w.awaited == pick) wake(w, SleepsFor::weights);
+      if (w.num_streams > 0) start_stream(w);
+    }
+  }
+
+  //! Asks for a pick's weights. A CU streams for one task at a time, in the order in which it asks.
+  void stream(Worker& w, u32 pick) {
+    if (w.picks[pick].streaming) return;  // its worker may have seen the plan before the others
+    w.picks[pick].streaming = true;
+    w.streams[(w.first_stream + w.num_streams) % max_picks] = pick;
+    if (++w.num_streams == 1) start_stream(w);
+  }
+
+  i64 far_ps(u32 pe) { return p_.far_ps[channel(pe).num_streams()]; }
+  i64 near_ps(u32 pe) { return p_.near_ps[channel(pe).num_streams()]; }
+
+  // --- events
+
+  bool sees(const Worker& w, const Layer& l, u32 event) const {
+    return l.events[event].is_seen(w.number, w.domain, now());
+  }
+
+  void signal(u32 number, u32 event, u32 maker, std::int32_t domain, i64 far, i64 near) {
+    EventState& e = layers_[number]->events[event];
+    if (!e.add(maker, domain, now(), far, near)) return;
+    const u64 where = u64{number} << 32 | event;
+    if (e.near_ps < e.far_ps) clock_.at(e.near_ps, item(What::land, static_cast<u32>(e.domain) + 1, where));
+    clock_.at(e.far_ps, item(What::land, 0, where));
+  }
+
+  void call_when_landed(Layer& l, u32 event, Waiter waiter) {
+    waiter.next = none;
+    u32 node = free_waiter_;
+    if (node == none) {
+      node = static_cast<u32>(waiters_.size());
+      waiters_.push_back(waiter);
+    } else {
+      free_waiter_ = waiters_[node].next;
+      waiters_[node] = waiter;
+    }
+    EventState& e = l.events[event];
+    if (e.first_waiter == none) {
+      e.first_waiter = node;
+    } else {
+      waiters_[e.last_waiter].next = node;
+    }
+    e.last_waiter = node;
+  }
+
+  //! domain_plus_1: 0: everybody sees the event now.
+  void land(u32 number, u32 event, u32 domain_plus_1) {
+    if (!layers_[number]) return;
+    EventState& e = layers_[number]->events[event];
+    u32 node = e.first_waiter;
+    e.first_waiter = e.last_waiter = none;
+    landed_.clear();
+    while (node != none) {
+      Waiter& waiter = waiters_[node];
+      const u32 next = waiter.next;
+      if (domain_plus_1 == 0 || waiter.domain == static_cast<std::int32_t>(domain_plus_1) - 1) {
+        landed_.push_back(waiter);
+        waiter.next = free_waiter_;
+        free_waiter_ = node;
+      } else {
+        waiter.next = none;
+        if (e.first_waiter == none) {
+          e.first_waiter = node;
+        } else {
+          waiters_[e.last_waiter].next = node;
+        }
+        e.last_waiter = node;
+      }
+      node = next;
+    }
+    for (std::size_t i = 0; i < landed_.size(); ++i) {
+      const Waiter waiter = landed_[i];
+      switch (waiter.call) {
+        case Waiter::Call::wake:
+          wake(workers_[waiter.who], SleepsFor::inputs);
+          break;
+        case Waiter::Call::stream: {
+          Worker& w = workers_[waiter.who];
+          if (w.picks[waiter.pick].used && w.picks[waiter.pick].serial == waiter.serial) stream(w, waiter.pick);
+          break;
+        }
+        case Waiter::Call::ring:
+          layers_[number]->stages[waiter.who].push->watching = false;
+          offer(number, waiter.who);
+          break;
+      }
+    }
+  }
+
+  void put(u32 number, u32 source, const SignalTo& to) {
+    if (!links_.has_ports()) {
+      const i64 seen_ps = links_.send(now(), source, to.pe, to.bytes);
+      signal(number, to.event, none, -1, seen_ps, seen_ps);
+      return;
+    }
+    Message message{number, to.event, to.pe, 0, 0, 0};
+    links_.leave(now(), source, to.bytes, message);
+    u32 slot;
+    if (free_messages_.empty()) {
+      slot = static_cast<u32>(messages_.size());
+      messages_.push_back(message);
+    } else {
+      slot = free_messages_.back();
+      free_messages_.pop_back();
+      messages_[slot] = message;
+    }
+    clock_.at(message.head_ps, item(What::ingress, slot));
+  }
+
+  void ingress(u32 slot) {
+    const Message message = messages_[slot];
+    free_messages_.push_back(slot);
+    const i64 seen_ps = links_.enter(message);
+    if (layers_[message.layer]) signal(message.layer, message.event, none, -1, seen_ps, seen_ps);
+  }
+
+  // --- waiting
+
+  void sleep(Worker& w, SleepsFor what, bool with_core, Step then) {
+    if (!with_core) give_core();
+    w.sleeps_for = what;
+    w.triggered = false;
+    w.step = with_core ? then : Step::get_core;
+    w.then = then;
+  }
+
+  void wake(Worker& w, SleepsFor what) {
+    if (w.sleeps_for != what || w.triggered) return;
+    w.triggered = true;
+    clock_.at_once(item(What::resume, w.number));
+  }
+
+  void give_core() {
+    if (p_.num_cores == 0) return;
+    if (core_queue_.empty()) {
+      ++free_cores_;
+    } else {
+      pass_core();
+    }
+  }
+
+  void pass_core() {
+    const u32 number = core_queue_.front();
+    core_queue_.pop_front();
+    clock_.at_once(item(What::resume, number));
+  }
+
+  //! Returns whether the worker goes on at once.
+  bool acquire_core(Worker& w, Step then) {
+    w.then = then;
+    if (p_.num_cores == 0) {
+      w.step = then;
+      return true;
+    }
+    w.step = Step::has_core;
+    core_queue_.push_back(w.number);
+    if (free_cores_ > 0) {
+      --free_cores_;
+      pass_core();
+    }
+    return false;
+  }
+
+  // --- picks
+
+  u32 hold(Worker& w, u32 row, i64 asked_ps) {
+    Layer& l = *layers_[w.layer];
+    const LayerGraph& g = *l.graph;
+    const Stage& stage = l.stages[w.pe];
+    u32 slot = 0;
+    while (w.picks[slot].used) ++slot;
+    Pick& pick = w.picks[slot];
+    const TaskClass& c = g.of(row);
+    pick.row = row;
+    ++pick.serial;
+    pick.used = true;
+    pick.streaming = false;
+    pick.loaded_ps = -1;
+    pick.asked_ps = asked_ps;
+    pick.ticket_ps = now();
+    pick.next_wait = c.wait_begin;
+    pick.before = none;
+    pick.cost = c.cost;
+    if (p_.jitters) add_jitter(pick, c, w, g);
+    const bool unplanned = is_planned_kind(c.kind) && !sees(w, l, stage.planned);
+    if (unplanned) {
+      pick.before = stage.planned;
+    } else if (is_pipelined(w.layer) && is_first_kind(c.kind)) {
+      pick.before = stage.entry;
+    }
+    if (p_.prefetch && c.cost.stream_bytes > 0) {
+      if (unplanned) {
+        call_when_landed(l, stage.planned,
+                         Waiter{Waiter::Call::stream, w.number, slot, pick.serial, w.domain, none});
+      } else {
+        stream(w, slot);
+      }
+    }
+    return slot;
+  }
+
+  void add_jitter(Pick& pick, const TaskClass& c, const Worker& w, const LayerGraph& g) {
+    const u64 bits = task_bits(key_, w.layer, w.pe, g.id_of(w.pe, pick.row));
+    pick.cost = task_cost(c.before_jitter, p_.speeds[w.pe], p_.quantiles[quantile_of(bits)],
+                          stalls(bits, p_.stall_threshold) ? p_.stall_ps : 0);
+  }
+
+  bool is_ready(const Worker& w, Layer& l, Pick& pick) const {
+    if (pick.before != none) {
+      if (!sees(w, l, pick.before)) return false;
+      pick.before = none;
+    }
+    const TaskClass& c = l.graph->of(pick.row);
+    for (; pick.next_wait < c.wait_end; ++pick.next_wait) {
+      if (!sees(w, l, l.graph->waits[pick.next_wait])) return false;
+    }
+    return true;
+  }
+
+  //! First event that a task or a later one of its chain waits for, or none.
+  u32 first_unseen_in_chain(const Worker& w, const Layer& l, u32 row, u32 end) const {
+    const LayerGraph& g = *l.graph;
+    for (; row < end; ++row) {
+      const TaskClass& c = g.of(row);
+      for (u32 i = c.wait_begin; i < c.wait_end; ++i) {
+        if (!sees(w, l, g.waits[i])) return g.waits[i];
+      }
+    }
+    return none;
+  }
+
+  u32 oldest_ready(Worker& w, Layer& l) const {
+    for (u32 i = 0; i < w.num_held; ++i) {
+      Pick& pick = w.picks[w.held[i]];
+      if (!is_ready(w, l, pick)) continue;
+      const u32 chain = l.graph->chain_of(pick.row);
+      if (w.num_held == 1 || chain <= 1 ||
+          first_unseen_in_chain(w, l, pick.row + 1, pick.row + chain) == none)
+        return i;
+    }
+    return none;
+  }
+
+  bool may_take(const Worker& w, const Layer& l) const {
+    if (w.num_held == 0) return true;
+    const u32 kind = l.graph->of(w.picks[w.held[0]].row).kind;
+    // a down that cannot be decoded yet waits for the plan, and so for other PEs
+    const bool waits_here = waits_for_own_pe(static_cast<TaskKind>(kind)) &&
+                            (!is_planned_kind(kind) || sees(w, l, l.stages[w.pe].planned));
+    const u32 look_ahead = config_.queue == QueueKind::push ? 0 : config_.look_ahead;
+    return waits_here && w.num_held < 1 + look_ahead;
+  }
+
+  void listen(Worker& w, Layer& l, const u32* picks, u32 count) {
+    for (u32 i = 0; i < count; ++i) {
+      const Pick& pick = w.picks[picks[i]];
+      u32 event = pick.before;
+      if (event == none) {
+        const TaskClass& c = l.graph->of(pick.row);
+        event = pick.next_wait < c.wait_end
+                    ? l.graph->waits[pick.next_wait]
+                    : first_unseen_in_chain(w, l, pick.row,
+                                            pick.row + std::max(1u, l.graph->chain_of(pick.row)));
+      }
+      listen_to(w, l, event);
+    }
+  }
+  void listen_to(Worker& w, Layer& l, u32 event) {
+    call_when_landed(l, event, Waiter{Waiter::Call::wake, w.number, 0, 0, w.domain, none});
+  }
+
+  void remove_held(Worker& w, u32 index) {
+    for (u32 i = index; i + 1 < w.num_held; ++i) w.held[i] = w.held[i + 1];
+    --w.num_held;
+  }
+
+  // --- queues
+
+  void ask(Worker& w) {
+    w.asking = true;
+    w.asked_ps = now();
+    look_up(w);
+  }
+
+  void look_up(Worker& w) {
+    Layer& l = *layers_[w.layer];
+    Stage& stage = l.stages[w.pe];
+    u32& turn = stage.turn[w.index];
+    u32 ticket;
+    switch (config_.queue) {
+      case QueueKind::stride: {
+        const u64 rank = w.index + u64{p_.num_workers} * turn++;
+        got(w, rank < stage.num_picks ? l.graph->picks.by_rank[w.pe][rank] : none);
+        break;
+      }
+      case QueueKind::replay: {
+        const auto& list = l.graph->picks.by_worker[w.pe][w.index];
+        got(w, turn < list.size() ? list[turn] : none);
+        ++turn;
+        break;
+      }
+      case QueueKind::domain: {
+        if (turn == p_.num_domains) {
+          got(w, none);
+          break;
+        }
+        const i64* cost = turn > 0 ? shared_ticket_ : near_ticket_;
+        Counter& head = stage.heads[domain_asked(w, turn)];
+        const i64 at = head.add(now(), cost[0], cost[1], 1, ticket);
+        clock_.at(at, item(What::ticket, w.number, ticket));
+        break;
+      }
+      case QueueKind::ticket:
+      case QueueKind::push: {
+        const i64 at = stage.heads[0].add(now(), shared_ticket_[0], shared_ticket_[1], 1, ticket);
+        clock_.at(at, item(What::ticket, w.number, ticket));
+        break;
+      }
+    }
+  }
+
+  u32 domain_asked(const Worker& w, u32 turn) const {
+    return (static_cast<u32>(w.domain) + turn) % p_.num_domains;
+  }
+
+  void ticketed(Worker& w, u32 ticket) {
+    Layer& l = *layers_[w.layer];
+    Stage& stage = l.stages[w.pe];
+    if (config_.queue == QueueKind::push) {
+      if (ticket >= stage.num_picks) {
+        got(w, none);
+      } else {
+        settle(w, ticket);
+      }
+      return;
+    }
+    u64 rank = ticket;
+    if (config_.queue == QueueKind::domain)
+      rank = domain_asked(w, stage.turn[w.index]) + u64{p_.num_domains} * ticket;
+    if (rank < stage.num_picks) {
+      got(w, l.graph->picks.by_rank[w.pe][rank]);
+    } else if (config_.queue == QueueKind::domain) {
+      ++stage.turn[w.index];
+      look_up(w);
+    } else {
+      got(w, none);
+    }
+  }
+
+  void got(Worker& w, u32 row) {
+    w.asking = false;
+    if (row == none) {
+      w.more = false;
+    } else {
+      w.held[w.num_held] = hold(w, row, w.asked_ps);
+      ++w.num_held;
+    }
+    wake(w, SleepsFor::pick);
+  }
+
+  bool runs_ahead() const { return config_.queue != QueueKind::push; }
+
+  void fetch_ahead(Worker& w) {
+    if (w.more && !w.asking && w.num_held == 0 && runs_ahead()) ask(w);
+  }
+
+  // --- the push queue
+
+  void make_push(u32 number, u32 pe) {
+    Layer& l = *layers_[number];
+    const LayerGraph& g = *l.graph;
+    auto push = std::make_unique<PushState>();
+    const std::vector<u32>& order = g.picks.by_rank[pe];
+    push->slots.resize(order.size());
+    push->appending.resize(p_.num_workers);
+    push->groups.emplace_back();
+    std::vector<u32> combines, on_completion;
+    for (u32 row : order) {
+      const auto kind = static_cast<TaskKind>(g.of(row).kind);
+      if (kind == TaskKind::up || kind == TaskKind::expert || (g.by_rows && kind == TaskKind::down)) {
+        push->groups[0].push_back(row);
+      } else if (kind == TaskKind::combine) {
+        combines.push_back(row);
+      } else {
+        on_completion.push_back(row);
+      }
+    }
+    std::sort(combines.begin(), combines.end());
+    std::sort(on_completion.begin(), on_completion.end());
+    for (u32 row : combines) push->groups.push_back({row});
+    push->missing.assign(g.first[pe + 1] - g.first[pe], 0);
+    push->signals.assign(l.events.size(), 0);
+    push->unlocks.resize(l.events.size());
+    for (u32 row : on_completion) {
+      const TaskClass& c = g.of(row);
+      u32& missing = push->missing[row - g.first[pe]];
+      for (u32 i = c.wait_begin; i < c.wait_end; ++i) {
+        if (l.events[g.waits[i]].target == 0) continue;
+        ++missing;
+        push->unlocks[g.waits[i]].push_back(row);
+      }
+      if (missing == 0) push->first_ready.push_back(row);
+    }
+    l.stages[pe].push = std::move(push);
+  }
+
+  //! Hands out a slot that is filled; else appends the next group, if it is ready, or waits.
+  void settle(Worker& w, u32 slot) {
+    Layer& l = *layers_[w.layer];
+    PushState& push = *l.stages[w.pe].push;
+    PushState::Slot& s = push.slots[slot];
+    if (s.row == none) {
+      if (!push.appending_group && group_is_ready(w.layer, w.pe, &w)) {
+        push.appending_group = true;
+        w.waits_for_slot = slot;
+        if (push.groups[push.next_group].empty()) {
+          push.appending_group = false;
+          ++push.next_group;
+          settle(w, slot);
+        } else {
+          push.appending[w.index] = push.groups[push.next_group];
+          add_to_tail(w, true);
+        }
+        return;
+      }
+      watch(w.layer, w.pe);
+      s.waiter = w.number;
+      s.serial = ++push.serial;
+      push.waiting.emplace_back(slot, s.serial);
+      w.waits_for_slot = slot;
+      return;
+    }
+    offer(w.layer, w.pe);  // this worker may have been woken for a group, and its own slot came first
+    if (s.writer != w.number && s.seen_ps > now()) {
+      clock_.at(s.seen_ps, item(What::give, w.number, s.row));
+    } else {
+      got(w, s.row);
+    }
+  }
+
+  void add_to_tail(Worker& w, bool is_group) {
+    PushState& push = *layers_[w.layer]->stages[w.pe].push;
+    u32 first;
+    const u32 count = static_cast<u32>(push.appending[w.index].size());
+    const i64 at = push.tail.add(now(), shared_ticket_[0], shared_ticket_[1], count, first);
+    clock_.at(at, item(What::appended, w.number, u64{is_group} << 32 | first));
+  }
+
+  void appended(Worker& w, u32 first, bool is_group) {
+    PushState& push = *layers_[w.layer]->stages[w.pe].push;
+    const i64 seen_ps = now() + far_ps(w.pe);
+    u32 slot = first;
+    for (u32 row : push.appending[w.index]) {
+      PushState::Slot& s = push.slots[slot];
+      s.row = row;
+      s.seen_ps = seen_ps;
+      s.writer = w.number;
+      wake_slot(push, slot);
+      ++slot;
+    }
+    push.appending[w.index].clear();
+    if (is_group) {
+      push.appending_group = false;
+      ++push.next_group;
+      settle(w, w.waits_for_slot);
+    } else {
+      advance(w);
+    }
+  }
+
+  void wake_slot(PushState& push, u32 slot) {
+    PushState::Slot& s = push.slots[slot];
+    if (s.waiter == none) return;
+    clock_.at_once(item(What::settle, s.waiter, slot));
+    s.waiter = none;
+  }
+
+  bool group_is_ready(u32 number, u32 pe, const Worker* w) const {
+    const PushState& push = *layers_[number]->stages[pe].push;
+    return push.next_group < push.groups.size() && unseen_input(number, pe, w) == none;
+  }
+
+  //! First input of the next group that the worker, or with nullptr somebody, does not see; or none.
+  u32 unseen_input(u32 number, u32 pe, const Worker* w) const {
+    const Layer& l = *layers_[number];
+    const Stage& stage = l.stages[pe];
+    auto is_unseen = [&](u32 event) {
+      return w != nullptr ? !sees(*w, l, event) : !l.events[event].is_seen_by_all(now());
+    };
+    // a chain waits for each of its other inputs itself
+    if (stage.push->next_group == 0) return is_unseen(stage.planned) ? stage.planned : none;
+    const TaskClass& c = l.graph->of(stage.push->groups[stage.push->next_group][0]);
+    for (u32 i = c.wait_begin; i < c.wait_end; ++i) {
+      if (is_unseen(l.graph->waits[i])) return l.graph->waits[i];
+    }
+    return none;
+  }
+
+  void watch(u32 number, u32 pe) {
+    Layer& l = *layers_[number];
+    PushState& push = *l.stages[pe].push;
+    if (push.watching || push.appending_group || push.next_group >= push.groups.size()) return;
+    const u32 event = unseen_input(number, pe, nullptr);
+    if (event == none) return;
+    call_when_landed(l, event, Waiter{Waiter::Call::ring, pe, 0, 0, -1, none});
+    push.watching = true;
+  }
+
+  //! Wakes the worker that has waited longest if the next group is ready; else hangs the bell again.
+  void offer(u32 number, u32 pe) {
+    PushState& push = *layers_[number]->stages[pe].push;
+    while (!push.waiting.empty()) {
+      const auto [slot, serial] = push.waiting.front();
+      if (push.slots[slot].waiter != none && push.slots[slot].serial == serial) break;
+      push.waiting.pop_front();
+    }
+    if (push.waiting.empty() || push.appending_group) return;
+    if (group_is_ready(number, pe, nullptr)) {
+      wake_slot(push, push.waiting.front().first);
+    } else {
+      watch(number, pe);
+    }
+  }
+
+  //! Has the picks appended that signals of a task completed. Returns whether the worker has to wait for that.
+  bool completed(Worker& w, const Layer& l, const TaskClass& c) {
+    PushState& push = *l.stages[w.pe].push;
+    std::vector<u32>& ready = push.appending[w.index];
+    for (u32 i = c.signal_begin; i < c.signal_end; ++i) {
+      const SignalTo& to = l.graph->signals[i];
+      if (to.pe != w.pe || ++push.signals[to.event] != l.events[to.event].target) continue;
+      for (u32 row : push.unlocks[to.event]) {
+        if (--push.missing[row - l.graph->first[w.pe]] == 0) ready.push_back(row);
+      }
+    }
+    if (ready.empty()) return false;
+    add_to_tail(w, false);
+    return true;
+  }
+
+  // --- the worker
+
+  void handle(const Item& next) {
+    const u32 who = next.who;
+    switch (static_cast<What>(next.kind)) {
+      case What::resume: {
+        Worker& w = workers_[who];
+        w.sleeps_for = SleepsFor::nothing;
+        w.waits_for_slot = none;
+        advance(w);
+        break;
+      }
+      case What::ticket:
+        ticketed(workers_[who], static_cast<u32>(next.what));
+        break;
+      case What::appended:
+        appended(workers_[who], static_cast<u32>(next.what), (next.what >> 32) != 0);
+        break;
+      case What::settle:
+        settle(workers_[who], static_cast<u32>(next.what));
+        break;
+      case What::give:
+        got(workers_[who], static_cast<u32>(next.what));
+        break;
+      case What::land:
+        land(static_cast<u32>(next.what >> 32), static_cast<u32>(next.what), who);
+        break;
+      case What::ingress:
+        ingress(who);
+        break;
+      case What::launch:
+        for (u32 number : layers_[next.what]->stages[who].launched) {
+          Worker& w = workers_[number];
+          start_after(w, config_.gap_ps + p_.start_ps[w.index]);
+        }
+        break;
+    }
+  }
+
+  void start_after(Worker& w, i64 delay_ps) {
+    w.step = Step::start;
+    if (delay_ps > 0) {
+      clock_.at(now() + delay_ps, item(What::resume, w.number));
+    } else {
+      advance(w);
+    }
+  }
+
+  //! Runs a worker until it has to wait for something.
+  void advance(Worker& w) {
+    for (;;) {
+      switch (w.step) {
+        case Step::enter:
+          layer(w.layer);
+          w.more = true;
+          if (w.layer == 0) {
+            w.step = Step::start;
+            if (p_.start_ps[w.index] > 0) {
+              clock_.at(p_.start_ps[w.index], item(What::resume, w.number));
+              return;
+            }
+          } else {
+            w.step = Step::launch_queue;
+          }
+          break;
+        case Step::start:
+          if (!acquire_core(w, Step::launch_queue)) return;
+          break;
+        case Step::launch_queue: {
+          w.step = Step::loop;
+          if (w.index != 0 || config_.queue != QueueKind::push) break;
+          PushState& push = *layers_[w.layer]->stages[w.pe].push;
+          if (push.first_ready.empty()) break;
+          push.appending[w.index] = push.first_ready;
+          add_to_tail(w, false);
+          return;
+        }
+        case Step::loop:
+          if (!choose(w)) return;
+          break;
+        case Step::get_core:
+          if (!acquire_core(w, w.then)) return;
+          break;
+        case Step::has_core:
+          w.core_since_ps = now();
+          w.step = w.then;
+          break;
+        case Step::execute:
+          if (!execute(w)) return;
+          break;
+        case Step::loaded:
+          if (!loaded(w)) return;
+          break;
+        case Step::end:
+          if (!end_task(w)) return;
+          break;
+        case Step::bookkeep:
+          w.step = Step::yield_core;
+          if (p_.gap_ps > 0) {
+            clock_.at(now() + p_.gap_ps, item(What::resume, w.number));
+            return;
+          }
+          break;
+        case Step::yield_core:
+          w.step = Step::next_in_chain;
+          if (p_.num_cores > 0 && !core_queue_.empty() && now() - w.core_since_ps >= p_.slice_ps) {
+            give_core();
+            if (!acquire_core(w, Step::next_in_chain)) return;
+          }
+          break;
+        case Step::next_in_chain:
+          next_in_chain(w);
+          break;
+        case Step::wait_in_chain: {
+          Layer& l = *layers_[w.layer];
+          if (is_ready(w, l, w.picks[w.current])) {
+            remove_held(w, 0);
+            w.step = Step::execute;
+          } else {
+            listen(w, l, &w.current, 1);
+            sleep(w, SleepsFor::inputs, false, Step::wait_in_chain);
+            return;
+          }
+          break;
+        }
+        case Step::leave:
+          if (!leave(w)) return;
+          break;
+        case Step::done:
+          return;
+      }
+    }
+  }
+
+  //! Runs the oldest pick that is ready; without one takes another, if allowed; else waits for an input.
+  bool choose(Worker& w) {
+    Layer& l = *layers_[w.layer];
+    const u32 ready = oldest_ready(w, l);
+    if (ready != none) {
+      w.current = w.held[ready];
+      remove_held(w, ready);
+      const u32 row = w.picks[w.current].row;
+      w.chain_end = row + l.graph->chain_of(row);
+      w.step = Step::execute;
+    } else if (w.asking) {
+      sleep(w, SleepsFor::pick, runs_ahead(), Step::loop);
+      return false;
+    } else if (w.more && may_take(w, l)) {
+      ask(w);
+    } else if (w.num_held > 0) {
+      listen(w, l, w.held, w.num_held);
+      sleep(w, SleepsFor::inputs, false, Step::loop);
+      return false;
+    } else {
+      w.step = Step::leave;
+    }
+    return true;
+  }
+
+  bool execute(Worker& w) {
+    Layer& l = *layers_[w.layer];
+    Pick& pick = w.picks[w.current];
+    const TaskClass& c = l.graph->of(pick.row);
+    w.start_ps = now();
+    w.ready_ps = 0;
+    for (u32 i = c.wait_begin; i < c.wait_end; ++i)
+      w.ready_ps = std::max(w.ready_ps, l.events[l.graph->waits[i]].seen_ps(w.number, w.domain));
+    if (is_pipelined(w.layer) && is_first_kind(c.kind))
+      w.ready_ps = std::max(w.ready_ps, l.events[l.stages[w.pe].entry].seen_ps(w.number, w.domain));
+    w.step = Step::loaded;
+    if (pick.cost.stream_bytes > 0 && pick.loaded_ps < 0) {
+      stream(w, w.current);
+      w.awaited = w.current;
+      sleep(w, SleepsFor::weights, true, Step::loaded);
+      return false;
+    }
+    return true;
+  }
+
+  bool loaded(Worker& w) {
+    Pick& pick = w.picks[w.current];
+    if (p_.prefetch) {
+      if (pick.row + 1 < w.chain_end) {
+        w.following = hold(w, pick.row + 1, now());
+      } else {
+        fetch_ahead(w);
+      }
+    }
+    w.done_ps = std::max(now(), w.start_ps + pick.cost.compute_ps);
+    const i64 send_ps = layers_[w.layer]->graph->of(pick.row).before_jitter.send_ps;
+    const i64 end_ps = w.done_ps + pick.cost.overhead_ps + send_ps;
+    w.step = Step::end;
+    if (end_ps > now()) {
+      clock_.at(end_ps, item(What::resume, w.number));
+      return false;
+    }
+    return true;
+  }
+
+  bool end_task(Worker& w) {
+    Layer& l = *layers_[w.layer];
+    const Pick& pick = w.picks[w.current];
+    const TaskClass& c = l.graph->of(pick.row);
+    record(w, l, pick, c);
+    const i64 far = now() + far_ps(w.pe), near = now() + near_ps(w.pe);
+    for (u32 i = c.signal_begin; i < c.signal_end; ++i) {
+      const SignalTo& to = l.graph->signals[i];
+      if (to.pe == w.pe) {
+        signal(w.layer, to.event, w.number, w.domain, far, near);
+      } else {
+        put(w.layer, w.pe, to);
+      }
+    }
+    if (c.signal_begin == c.signal_end && w.layer + 1 < config_.num_layers && is_pipelined(w.layer + 1)) {
+      // the output is part of the next layer's input
+      signal(w.layer + 1, layer(w.layer + 1).stages[w.pe].entry, w.number, w.domain, far, near);
+    }
+    w.step = Step::bookkeep;
+    return config_.queue != QueueKind::push || !completed(w, l, c);
+  }
+
+  void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c) {
+    const i64 end_ps = now(), since_ps = w.last_end_ps;
+    const i64 loaded_ps = pick.loaded_ps < 0 ? w.start_ps : pick.loaded_ps;
+    TimeShares& time = result_.time;
+    time.ticket += std::max(i64{0}, pick.ticket_ps - std::max(pick.asked_ps, since_ps));
+    time.inputs += w.start_ps - std::max(pick.ticket_ps, since_ps);
+    time.stream += std::max(i64{0}, loaded_ps - w.start_ps);
+    time.compute += w.done_ps - std::max(w.start_ps, loaded_ps);
+    const i64 send_ps = std::min(end_ps - w.done_ps, c.before_jitter.send_ps);
+    time.send += send_ps;
+    time.overhead += end_ps - w.done_ps - send_ps;
+    w.last_end_ps = end_ps;
+    l.end_ps = std::max(l.end_ps, end_ps);
+    ++l.tasks_done;
+    if (config_.keep_records) {
+      l.records[pick.row] = Record{w.index,    w.ready_ps, pick.asked_ps, pick.ticket_ps,
+                                   w.start_ps, loaded_ps,  w.done_ps,     end_ps};
+    }
+    if (++total_done_ % progress_step == 0 && config_.progress) config_.progress(total_done_);
+  }
+
+  void next_in_chain(Worker& w) {
+    const u32 row = w.picks[w.current].row;
+    w.picks[w.current].used = false;
+    if (row + 1 >= w.chain_end) {
+      w.current = no_pick;
+      w.step = Step::loop;
+      return;
+    }
+    w.current = w.following != no_pick ? w.following : hold(w, row + 1, now());
+    w.following = no_pick;
+    for (u32 i = w.num_held; i > 0; --i) w.held[i] = w.held[i - 1];
+    w.held[0] = w.current;
+    ++w.num_held;
+    w.step = Step::wait_in_chain;
+  }
+
+  //! On to the next layer, or the end. Nobody knows before the plan that there is nothing left to do.
+  bool leave(Worker& w) {
+    const u32 number = w.layer, next = w.layer + 1;
+    if (next == config_.num_layers) {
+      give_core();
+      w.step = Step::done;
+      left(number);
+      return false;
+    }
+    if (is_launch(next)) {
+      give_core();
+      ++w.layer;
+      layer(next);
+      Stage& stage = layers_[next]->stages[w.pe];
+      stage.launched.push_back(w.number);
+      if (stage.launched.size() == p_.num_workers) clock_.at_once(item(What::launch, w.pe, next));
+      w.more = true;
+      left(number);
+      return false;
+    }
+    Layer& l = *layers_[number];
+    if (!sees(w, l, l.stages[w.pe].planned)) {
+      listen_to(w, l, l.stages[w.pe].planned);
+      sleep(w, SleepsFor::inputs, false, Step::leave);
+      return false;
+    }
+    ++w.layer;
+    w.step = Step::enter;
+    layer(next);
+    left(number);
+    return true;
+  }
+
+  // --- the end
+
+  Result report() {
+    for (u32 number = 0; number < layers_.size(); ++number) {
+      if (layers_[number]) close_layer(number);
+    }
+    result_.end_ps = now();
+    if (result_.tasks_done < result_.num_tasks) report_stuck();
+    return std::move(result_);
+  }
+
+  void report_stuck() {
+    for (const Worker& w : workers_) {
+      const bool waits_for_slot = w.waits_for_slot != none;
+      if (w.step == Step::done || (!waits_for_slot && w.sleeps_for != SleepsFor::inputs)) continue;
+      ++result_.num_stuck;
+      if (result_.stuck.size() == named_stuck) continue;
+      Stuck stuck{w.pe, w.index, w.layer, w.waits_for_slot, {}};
+      const Layer& l = *layers_[w.layer];
+      for (u32 i = 0; i < w.num_held && !waits_for_slot; ++i) {
+        const Pick& pick = w.picks[w.held[i]];
+        const TaskClass& c = l.graph->of(pick.row);
+        auto name = [&](u32 event) {
+          const EventState& e = l.events[event];
+          if (!sees(w, l, event)) stuck.inputs.push_back(Stuck::Input{pick.row, event, e.count, e.target});
+        };
+        if (pick.before != none) name(pick.before);
+        for (u32 j = pick.next_wait; j < c.wait_end; ++j) name(l.graph->waits[j]);
+      }
+      result_.stuck.push_back(std::move(stuck));
+    }
+    if (!config_.keep_records) return;
+    for (u32 number = 0; number < result_.records.size(); ++number) {
+      const auto& records = result_.records[number];
+      for (u32 row = 0; row < records.size() && result_.not_taken.size() < named_stuck; ++row) {
+        if (records[row].end_ps == 0 && records[row].start_ps == 0) result_.not_taken.emplace_back(number, row);
+      }
+    }
+  }
+
+  const Parameters& p_;
+  const RunConfig& config_;
+  Clock clock_;
+  Links links_;
+  std::vector<std::unique_ptr<Layer>> layers_;
+  std::vector<Channel> channels_;
+  std::vector<Worker> workers_;
+  bool shares_channel_ = false;
+  i64 channel_ps_ = never;
+  u32 first_channel_ = 0;
+  u32 free_cores_ = 0;
+  std::deque<u32> core_queue_;
+  std::vector<Waiter> waiters_;
+  u32 free_waiter_ = none;
+  std::vector<Waiter> landed_;
+  std::vector<u32> ended_;
+  std::vector<Message> messages_;
+  std::vector<u32> free_messages_;
+  i64 near_ticket_[2], shared_ticket_[2];
+  u64 key_ = 0, total_done_ = 0;
+  u32 closed_ = 0;
+  Result result_;
+};
+
+}  // namespace
+
+Result run(const Parameters& parameters, const RunConfig& config) { return Engine(parameters, config).run(); }
+
+}  // namespace flashmoe::engine

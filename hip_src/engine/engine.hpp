@@ -1,0 +1,62 @@
+// The native discrete-event engine: the same events in the same order as flashmoe/sim/simpy_engine.py, which explains
+// them. A worker is a state machine instead of a generator, and nothing is allocated for a task.
+#pragma once
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "events.hpp"
+#include "layer_graph.hpp"
+#include "links.hpp"
+
+namespace flashmoe::engine {
+
+//! What a worker did with its time, summed over tasks [ps].
+struct TimeShares {
+  i64 ticket = 0, inputs = 0, stream = 0, compute = 0, overhead = 0, send = 0;
+};
+
+//! A finished task, by row within its layer.
+struct Record {
+  u32 worker;
+  i64 ready_ps, asked_ps, ticket_ps, start_ps, loaded_ps, done_ps, end_ps;
+};
+
+//! A worker that will wait for ever, for the message.
+struct Stuck {
+  u32 pe, worker, layer;
+  u32 slot;  // of the push queue, or none
+  struct Input {
+    u32 row, event, seen, wanted;
+  };
+  std::vector<Input> inputs;
+};
+
+struct Result {
+  u64 num_tasks = 0, tasks_done = 0;
+  i64 makespan_ps = 0, end_ps = 0;
+  u64 hbm_bytes = 0, link_bytes = 0;
+  TimeShares time;
+  std::vector<i64> layer_end_ps;
+  std::vector<std::vector<Record>> records;  // [layer][row], if kept
+  std::vector<Stuck> stuck;
+  u64 num_stuck = 0;
+  std::vector<std::pair<u32, u32>> not_taken;  // (layer, row) of some tasks that have not run
+};
+
+struct RunConfig {
+  QueueKind queue;
+  u32 look_ahead;
+  u32 num_layers;
+  bool pipelined;  // one launch runs all layers
+  i64 gap_ps;      // else: dense compute between two layers
+  bool keep_records;
+  std::function<std::unique_ptr<LayerGraph>(u32 layer)> make_layer;
+  std::function<void(u64 tasks_done)> progress;  // called now and then; may throw to stop
+};
+
+Result run(const Parameters& parameters, const RunConfig& config);
+
+}  // namespace flashmoe::engine
