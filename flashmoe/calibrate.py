@@ -31,9 +31,11 @@ def host_machine(seconds: float = 2.0) -> Machine:
     measured = _native.benchmark_host(seconds, cores)
     one, all_cores = measured["stream_bytes_per_ns"], measured["stream_all_bytes_per_ns"]
     copy = measured["copy_bytes_per_ns"]
+    signal_ps = round(measured["signal_ns"] * 1000)
+    thread_start_ps, num_domains = round(measured["thread_start_ns"] * 1000), 2
     values = {
         "num_cus": max(4, cores),
-        "num_domains": 2,
+        "num_domains": num_domains,
         "num_pes_max": 64,
         "hbm_bytes_per_ns": max(one, all_cores),
         "cu_bytes_per_ns": one,
@@ -44,13 +46,15 @@ def host_machine(seconds: float = 2.0) -> Machine:
         "ticket_far_ps": round(measured["ticket_ns"] * 1000),
         "ticket_service_ps": 0,
         "ticket_far_service_ps": 0,
-        "signal_ps": round(measured["signal_ns"] * 1000),
-        "put_ps": round(measured["signal_ns"] * 1000),
+        "signal_ps": signal_ps,
+        "signal_near_ps": signal_ps,
+        "put_ps": signal_ps,
         "link_bytes_per_ns": copy,
-        "link_topology": "mesh",
         "store_bytes_per_ns": copy,
         "gap_ps": round(_bookkeeping_ns() * 1000),
-        "launch_step_ps": round(measured["thread_start_ns"] * 1000),
+        # threads start one after the other, and their workers are dealt to the domains in turn
+        "launch_domain_ps": thread_start_ps,
+        "launch_step_ps": num_domains * thread_start_ps,
         "num_cores": cores,
         "slice_ps": round(measured["slice_ns"] * 1000),
     }
@@ -59,7 +63,7 @@ def host_machine(seconds: float = 2.0) -> Machine:
     values |= {key: 0 for key in units if key.endswith("_overhead_ps")}
     values["route_overhead_ps"] = round(measured["route_ns"] * 1000)
     benchmark = f"microbenchmark on this host, {datetime.now(UTC).date().isoformat()}"
-    counts = ("num_cus", "num_domains", "num_pes_max", "prefetch", "link_topology")
+    counts = ("num_cus", "num_domains", "num_pes_max", "prefetch")
     by_design = {*counts, *(key for key, value in values.items() if value == 0)}
     origins = {
         key: Origin(units[key], "estimate", "how the CPU backend works; not measured")

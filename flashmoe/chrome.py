@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.answers import streams
 from flashmoe.trace import KINDS, Trace
 
 __all__ = ["write_chrome"]
@@ -32,7 +33,7 @@ def write_chrome(traces: Trace | Sequence[Trace], path: str | Path, *, counters:
     A task is a slice; one that gets no ns of its own on its track is an instant event of its PE. A wait of
     100 ns or more, in which the worker has nothing else to run, is a slice "wait" before its task. Arrows
     follow the critical path only.
-    counters: whether to add the HBM traffic of each PE [GB/s], a task's bytes spread evenly over its run.
+    counters: whether to add the HBM traffic of each PE [GB/s], a task's bytes spread evenly over their stream.
     Raises: ValueError for another suffix, or no trace.
     """
     path = Path(path)
@@ -136,6 +137,7 @@ def _slices(trace: Trace, tracks: _Tracks, pid_base: int) -> list[str]:
             rows["pe"].astype(np.int64) + pid_base,
             rows["worker"],
             rows["kind"],
+            rows["layer"],
             rows["task_id"],
             rows["expert"],
             rows["tile"],
@@ -145,12 +147,12 @@ def _slices(trace: Trace, tracks: _Tracks, pid_base: int) -> list[str]:
         )
     ]
     events = []
-    for begin, end, wait, clamped, pid, tid, k, task_id, expert, tile, num_tokens, ready, ticket in zip(
+    for begin, end, wait, clamped, pid, tid, k, layer, task_id, expert, tile, num_tokens, ready, ticket in zip(
         *columns, strict=True
     ):
         kind = KINDS[k]
         args = (
-            f'"args":{{"task_id":{task_id},"kind":"{kind}","expert":{expert},"tile":{tile},'
+            f'"args":{{"layer":{layer},"task_id":{task_id},"kind":"{kind}","expert":{expert},"tile":{tile},'
             f'"num_tokens":{num_tokens},"ready_ns":{ready},"ticket_ns":{ticket}'
         )
         if clamped:
@@ -159,7 +161,7 @@ def _slices(trace: Trace, tracks: _Tracks, pid_base: int) -> list[str]:
         if begin - wait >= MIN_WAIT_NS:
             events.append(
                 f'{{"ph":"X","name":"wait","cat":"wait","ts":{_us(wait)},"dur":{_us(begin - wait)},{place},'
-                f'"args":{{"task_id":{task_id},"for":"{kind}"}}}}'
+                f'"args":{{"layer":{layer},"task_id":{task_id},"for":"{kind}"}}}}'
             )
         if end > begin:
             events.append(
@@ -198,7 +200,7 @@ def _hbm_counter(trace: Trace, pid_base: int) -> list[str]:
     if not trace.records["hbm_bytes"].any():
         return []
     edges_ns: NDArray[np.int64] = np.unique(np.linspace(0, makespan_ns, NUM_COUNTER_STEPS + 1).astype(np.int64))
-    bytes_per_ns = trace.spread(trace.records["hbm_bytes"], edges_ns * 1000) / np.diff(edges_ns)
+    bytes_per_ns = streams(trace).spread(trace.records["hbm_bytes"], edges_ns * 1000) / np.diff(edges_ns)
     events = []
     for pe in range(trace.num_pes):
         values = [*bytes_per_ns[pe].tolist(), 0.0]  # back to 0 at the end of the last step

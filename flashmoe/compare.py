@@ -13,7 +13,8 @@ from flashmoe.trace import KINDS, Trace
 __all__ = ["Comparison", "compare"]
 
 # Traces that differ in one of these do not hold the same tasks; whatever joins all the same is joined.
-SAME_TASKS_KEYS = ("model", "routing", "tiling", "ep_size", "gate_inside")
+SAME_TASKS_KEYS = ("model", "routing", "tiling", "ep_size", "layers", "gate_inside")
+OPTIONAL_KEYS = ("layers", "gate_inside")  # not every executor says them
 
 COMPONENTS = ("wait_for_inputs_us", "wait_for_worker_us", "wait_to_start_us", "execute_us")
 
@@ -24,9 +25,9 @@ Number = float | None  # None where a figure does not exist: JSON has no NaN
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Two traces, joined by (pe, task_id). Errors are of left against right: right is taken for the truth.
+    """Two traces, joined by (layer, pe, task_id). Errors are of left against right: right is taken for the truth.
 
-    matched_left, matched_right: (matched,) TRACE_DTYPE by (pe, task_id); row i of both is the same task.
+    matched_left, matched_right: (matched,) TRACE_DTYPE by (layer, pe, task_id); row i of both is the same task.
     unmatched_left, unmatched_right: TRACE_DTYPE, tasks of one trace only.
     by_kind: {kind: {count, left_mean_us, right_mean_us, bias_pct, mape_pct, p95_abs_us}} over end - start.
         bias_pct: 100 (left mean - right mean) / right mean.
@@ -80,7 +81,7 @@ class Comparison:
 
     def table(self) -> str:
         """The comparison as plain text for a terminal."""
-        errors = [["kind", "tasks", "left us", "right us", "bias %", "MAPE %", "p95 |error| us"]]
+        errors = [["kind", "tasks", "left µs", "right µs", "bias %", "MAPE %", "p95 |error| µs"]]
         for kind, row in self.by_kind.items():
             means = [_text(row[key]) for key in ("left_mean_us", "right_mean_us")]
             percents = [_text(row["bias_pct"], "+.1f"), _text(row["mape_pct"], ".1f")]
@@ -94,13 +95,13 @@ class Comparison:
             [f"warning: {warning}" for warning in self.warnings],
             [self._matched_in_words()],
             ["Time per task, mean by kind (errors of left against right):", *_columns(errors)] * bool(self.by_kind),
-            ["Where a task's time goes, mean in us:", *_columns(split, num_names=2)] * bool(self.components),
+            ["Where a task's time goes, mean in µs:", *_columns(split, num_names=2)] * bool(self.components),
             [self._makespan_in_words()],
         ]
         return "\n\n".join("\n".join(block) for block in blocks if block)
 
     def _matched_in_words(self) -> str:
-        lines = [f"{self.matched} tasks in both, joined by (pe, task_id)."]
+        lines = [f"{self.matched} tasks in both, joined by (layer, pe, task_id)."]
         for side, tasks in (("left", self.unmatched_left), ("right", self.unmatched_right)):
             if len(tasks):
                 named = "; ".join(_task_in_words(task) for task in tasks[:NUM_UNMATCHED_NAMED])
@@ -110,7 +111,7 @@ class Comparison:
 
     def _makespan_in_words(self) -> str:
         left, right = self.makespan_us["left"], self.makespan_us["right"]
-        sentence = f"Makespan: left {left:.2f} us, right {right:.2f} us"
+        sentence = f"Makespan: left {left:.2f} µs, right {right:.2f} µs"
         gap_pct = self.makespan_gap_pct
         if gap_pct is None:
             sentence += "."
@@ -118,14 +119,14 @@ class Comparison:
             sentence += ": the same."
         else:
             word = "longer" if self.makespan_gap_us > 0 else "shorter"
-            sentence += f": left is {abs(self.makespan_gap_us):.2f} us ({abs(gap_pct):.1f} %) {word}."
+            sentence += f": left is {abs(self.makespan_gap_us):.2f} µs ({abs(gap_pct):.1f} %) {word}."
         if self.start_order_correlation is not None:
             sentence += f"\nOrder of starts: rank correlation {self.start_order_correlation:.3f} (1: the same order)."
         return sentence
 
 
 def compare(left: Trace, right: Trace) -> Comparison:
-    """Join two traces by (pe, task_id) and measure how far left is from right.
+    """Join two traces by (layer, pe, task_id) and measure how far left is from right.
 
     Raises: ValueError naming the first task that a trace holds twice.
     """
@@ -165,12 +166,13 @@ def compare(left: Trace, right: Trace) -> Comparison:
 
 def _keys(trace: Trace, side: str) -> NDArray[np.uint64]:
     records = trace.records
-    keys: NDArray[np.uint64] = records["pe"].astype(np.uint64) << np.uint64(32) | records["task_id"]
-    values, counts = np.unique(keys, return_counts=True)
+    place = records["layer"].astype(np.uint64) << np.uint64(16) | records["pe"]
+    keys: NDArray[np.uint64] = place << np.uint64(32) | records["task_id"]
+    values, first, counts = np.unique(keys, return_index=True, return_counts=True)
     if len(values) < len(keys):
-        twice = int(values[counts > 1][0])
+        twice = records[first[counts > 1][0]]
         raise ValueError(
-            f"{side} trace holds task {twice & 0xFFFFFFFF} of PE {twice >> 32} "
+            f"{side} trace holds {_place_in_words(twice)} more than once: "
             f"{counts[counts > 1][0]} times (each task must be there once)"
         )
     return keys
@@ -178,7 +180,7 @@ def _keys(trace: Trace, side: str) -> NDArray[np.uint64]:
 
 def _without(trace: Trace, rows: NDArray[np.intp]) -> NDArray[np.void]:
     records = np.delete(trace.records, rows)
-    in_order: NDArray[np.void] = records[np.lexsort((records["task_id"], records["pe"]))]
+    in_order: NDArray[np.void] = records[np.lexsort((records["task_id"], records["pe"], records["layer"]))]
     return in_order
 
 
@@ -186,7 +188,7 @@ def _header_warnings(left: Trace, right: Trace) -> list[str]:
     warnings = []
     for key in SAME_TASKS_KEYS:
         a, b = left.header.get(key), right.header.get(key)
-        if a == b or (key == "gate_inside" and None in (a, b)):
+        if a == b or (key in OPTIONAL_KEYS and None in (a, b)):
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
@@ -247,7 +249,12 @@ def _percent(part: float, whole: float) -> Number:
 
 def _task_in_words(task: np.void) -> str:
     expert = f", expert {task['expert']} tile {task['tile']}" if task["expert"] >= 0 else ""
-    return f"PE {task['pe']} task {task['task_id']} ({KINDS[task['kind']]}{expert})"
+    return f"{_place_in_words(task)} ({KINDS[task['kind']]}{expert})"
+
+
+def _place_in_words(task: np.void) -> str:
+    layer = f"layer {task['layer']} " if task["layer"] > 0 else ""  # most traces are of one layer
+    return f"{layer}PE {task['pe']} task {task['task_id']}"
 
 
 def _text(value: Number, form: str = ".3f") -> str:

@@ -225,27 +225,19 @@ def ready_times(table: TaskTable, end_ps: NDArray[np.int64]) -> NDArray[np.int64
     return ready_ps
 
 
-def critical_path(
-    tables: TaskTable | Sequence[TaskTable],
-    records: np.ndarray[Any, Any],
-    trip_ps: Sequence[NDArray[np.float64]] | None = None,
-) -> NDArray[np.int64]:
+def critical_path(tables: TaskTable | Sequence[TaskTable], records: np.ndarray[Any, Any]) -> NDArray[np.int64]:
     """What the last task to end had to wait for, and so on back to the start.
 
     A task was held up by the last of its inputs or by the task before it on its worker: the later of both. In
     a later layer a task without inputs of its own waits for all of the layer before on its PE.
-    tables: one a layer.
-    trip_ps: per layer (num_signals,) from the end of a task to its signal being seen; without it the maker of the
-        last input is taken to be the last that ended.
+    tables: one, or one a layer.
     Returns: indices into records, first to last.
     """
     if len(records) == 0:
         return np.zeros(0, np.int64)
     maker = np.full(len(records), -1, np.int64)  # record -> record that made its last input
     for layer, table in enumerate([tables] if isinstance(tables, TaskTable) else tables):
-        maker[records["layer"] == layer] = _last_makers(
-            table, records, layer, None if trip_ps is None else trip_ps[layer]
-        )
+        maker[records["layer"] == layer] = _last_makers(table, records, layer)
 
     before = np.full(len(records), -1, np.int64)  # record -> record before it on its worker
     by_worker = np.lexsort((records["end_ps"], records["start_ps"], records["worker"], records["pe"]))
@@ -267,10 +259,8 @@ def critical_path(
         path.append(current)
 
 
-def _last_makers(
-    table: TaskTable, records: np.ndarray[Any, Any], layer: int, trip_ps: NDArray[np.float64] | None
-) -> NDArray[np.int64]:
-    """For each record of a layer, in their order, the record that made its last input; -1 where nobody did."""
+def _last_makers(table: TaskTable, records: np.ndarray[Any, Any], layer: int) -> NDArray[np.int64]:
+    """For each record of a layer, in their order, the record of the last to end of those that it waited for, or -1."""
     of_layer = np.flatnonzero(records["layer"] == layer)
     place = np.full(len(table.tasks), -1, np.int64)  # row of the table -> index of the record
     row_of = np.empty(len(of_layer), np.int64)
@@ -278,27 +268,23 @@ def _last_makers(
         mine = records["pe"][of_layer] == pe
         row_of[mine] = table.row(pe, records["task_id"][of_layer[mine]].astype(np.int64))
     place[row_of] = of_layer
+    end_ps = np.where(place >= 0, records["end_ps"][place], -1)
 
     signal_row = segment_owner(table.signal_ptr)
-    seen_ps = np.where(place >= 0, records["end_ps"][place], -np.inf)[signal_row]
-    if trip_ps is not None:
-        seen_ps = seen_ps + trip_ps
-    by_time = np.argsort(seen_ps, kind="stable")
+    by_end = np.argsort(end_ps[signal_row], kind="stable")
     last_row = np.full(len(table.event_pe), -1, np.int64)  # event -> row that completed it
-    event_ps = np.full(len(table.event_pe), -np.inf)
-    # of equal indices the last one stays
-    last_row[table.signal_event[by_time]] = signal_row[by_time]
-    event_ps[table.signal_event[by_time]] = seen_ps[by_time]
+    last_row[table.signal_event[by_end]] = signal_row[by_end]  # of equal indices the last one stays
 
-    by_time = np.argsort(event_ps[table.wait_event], kind="stable")
-    maker = np.full(len(table.tasks), -1, np.int64)  # row -> index of the record that made its last input
-    made = last_row[table.wait_event[by_time]]
-    maker[segment_owner(table.wait_ptr)[by_time]] = np.where(made >= 0, place[made], -1)
+    maker = np.full(len(table.tasks), -1, np.int64)  # row of the table -> record
+    made_by = last_row[table.wait_event]
+    waits = np.flatnonzero(made_by >= 0)
+    waits = waits[np.argsort(end_ps[made_by[waits]], kind="stable")]
+    maker[segment_owner(table.wait_ptr)[waits]] = place[made_by[waits]]
 
     if layer > 0:
         for pe in range(table.num_pes):
             earlier = np.flatnonzero((records["layer"] == layer - 1) & (records["pe"] == pe))
             if len(earlier):
-                mine = (table.tasks["pe"] == pe) & (maker < 0)
-                maker[mine] = earlier[np.argmax(records["end_ps"][earlier])]
+                without = (table.tasks["pe"] == pe) & (maker < 0)
+                maker[without] = earlier[np.argmax(records["end_ps"][earlier])]
     return maker[row_of]

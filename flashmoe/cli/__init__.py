@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import compare, demo, doctor, export, presets, run, simulate
+from flashmoe.cli import compare, demo, doctor, explain, export, presets, run, simulate
 from flashmoe.cli.screen import errors_as_exit_status
 
 __all__ = ["app", "main"]
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=simulate.EXAMPLES)(simulate.simulate)
 app.command(epilog=run.EXAMPLES)(run.run)
+app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.add_typer(export.trace_app)
 app.command(epilog=presets.EXAMPLES)(presets.presets)

@@ -9,11 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from flashmoe.model import MODEL_PRESETS, MoEModel
+from flashmoe.placement import PLACEMENT_FORMS
 from flashmoe.policy import policy_names, resolve
-from flashmoe.routing import Routing
+from flashmoe.routing import FORMS, Routing
 from flashmoe.tasks import Tiling
 
 PolicyName = Annotated[str, typer.Option("--policy", help=f"One of: {', '.join(policy_names())}.")]
+ROUTING_HELP = f"One of: {FORMS}. A file holds recorded tokens, or how many chose each expert."
+RoutingText = Annotated[str, typer.Option("--routing", help=ROUTING_HELP)]
+Placement = Annotated[
+    str | None,
+    typer.Option(help=f"Experts on PEs: {PLACEMENT_FORMS}. [dim]default: linear[/dim]"),
+]
+Correlation = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="How likely a token's first choice is carried over to the next layer (experts renamed); not for files.",
+    ),
+]
 Granularity = Annotated[
     str | None,
     typer.Option(help="tile, or token: a whole expert for one token is one task. [dim]default: the policy's own[/dim]"),
@@ -49,17 +64,56 @@ def choose_tiling(policy: str, granularity: str | None, down: str | None) -> Til
 
 
 def make_routing(
-    text: str, model: MoEModel, tokens: int | None, ep_size: int | None, seed: int, *, default: tuple[int, int]
+    text: str,
+    model: MoEModel,
+    tokens: int | list[int] | None,
+    ep_size: int | None,
+    seed: int,
+    *,
+    placement: str | None = None,
+    default: tuple[int, int],
 ) -> Routing:
-    """The routing that an option names. default: tokens and PEs where nobody says them; a file says them."""
-    if not text.endswith(".npz"):
-        tokens, ep_size = (default[i] if given is None else given for i, given in enumerate((tokens, ep_size)))
-    return Routing.parse(text, model, tokens, ep_size, seed)
+    """The routing that options name. default: tokens and PEs where nobody says them; a file may say them."""
+    return Routing.parse(_with_placement(text, placement), model, tokens, ep_size, seed, default=default)
+
+
+def make_layers(
+    text: str,
+    model: MoEModel,
+    tokens: int | list[int] | None,
+    ep_size: int | None,
+    seed: int,
+    *,
+    num_layers: int | None,
+    correlation: float = 0.0,
+    placement: str | None = None,
+    default: tuple[int, int],
+) -> list[Routing]:
+    """One routing a layer, as `make_routing`. num_layers None: one of a family, all that a file has."""
+    return Routing.layers(
+        _with_placement(text, placement),
+        model,
+        tokens,
+        ep_size,
+        seed,
+        num_layers=num_layers,
+        correlation=correlation,
+        default=default,
+    )
 
 
 def routing_inputs(routing: Routing) -> dict[str, Any]:
     """A routing as the inputs of a JSON result show it."""
-    return {"routing": routing.name, "routing_digest": routing.digest, "skew": routing.skew()}
+    return {
+        "routing": routing.name,
+        "routing_digest": routing.digest,
+        "skew": routing.skew(),
+        "pe_skew": routing.skew("pes"),
+    }
+
+
+def _with_placement(text: str, placement: str | None) -> str:
+    return text if placement is None else f"{text}@{placement}"
 
 
 def common_number(counts: tuple[int, ...]) -> int | list[int]:

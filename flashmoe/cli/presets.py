@@ -51,17 +51,19 @@ def _list() -> None:
     for name in preset_names():
         machine = Machine.preset(name)
         origins = [origin.origin for origin in machine.origins.values()]
+        all_links = machine.port_bytes_per_ns or (machine.num_pes_max - 1) * machine.link_bytes_per_ns
         rows.append(
             [
                 name,
                 str(machine.num_cus),
                 str(machine.num_domains),
                 f"{machine.hbm_bytes_per_ns:g} GB/s",
-                f"{machine.link_bytes_per_ns:g} GB/s {machine.link_topology}",
+                f"{machine.link_bytes_per_ns:g} GB/s",
+                f"{all_links:g} GB/s",
                 f"{origins.count('measured')} of {len(origins)}",
             ]
         )
-    print_table(["machine", "CUs", "XCDs", "HBM", "links", "measured values"], rows)
+    print_table(["machine", "CUs", "XCDs", "HBM", "to one PE", "to all PEs", "measured values"], rows)
     say("")
     say("Also: host, this machine, fitted by a microbenchmark of two seconds; FILE.toml, one of your own.", "dim")
     say("flashmoe presets NAME shows every parameter with its unit, origin and source.", "dim")
@@ -89,17 +91,24 @@ def _print_model(model: MoEModel) -> None:
 
 
 def _print_machine(machine: Machine) -> None:
-    say(f"{machine.name}: every parameter, with its origin", "bold")
+    about = f" ({machine.description})" if machine.description else ""
+    say(f"{machine.name}{about}: every parameter, with its origin", "bold")
     meanings, units = parameter_meanings(), parameter_units()
     colours = {"measured": "green", "datasheet": "cyan", "estimate": "yellow", "fitted": "green"}
-    for key in units:
-        value: Any = getattr(machine, key)
-        shown = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else f"{value:.6g}"
+    for key, unit in units.items():
         origin = machine.origins.get(key)
-        unit = "" if units[key] in ("flag", "name", "count") else f" {units[key]}"
-        line = Text.assemble((f"{key:24}", "bold"), f"{shown}{unit}".ljust(22))
+        line = Text.assemble((f"{key:24}", "bold"), _as_value(getattr(machine, key), unit).ljust(22))
         line.append(origin.origin if origin else "default", colours[origin.origin] if origin else "dim")
         out.print(line)
         out.print(Padding(Text(meanings[key]), (0, 0, 0, 4)))
         if origin:
             out.print(Padding(Text(origin.source, style="dim"), (0, 0, 0, 4)))
+
+
+def _as_value(value: Any, unit: str) -> str:
+    """A parameter with its unit; a ratio, a number of things and a flag have none."""
+    if unit == "flag":
+        return str(value).lower()
+    if unit in ("count", "ratio"):
+        return f"{value:g}"
+    return f"{value:,} ps" if unit == "ps" else f"{value:g} {unit}"

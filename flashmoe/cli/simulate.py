@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,11 @@ from flashmoe.cli.screen import (
     say,
     skew_in_words,
 )
+from flashmoe.routing import Routing
+from flashmoe.sim.effects import EFFECTS
+
+if TYPE_CHECKING:
+    from flashmoe.replicate import Replication
 
 FIGURES = (".png", ".svg", ".pdf")
 
@@ -35,7 +41,9 @@ EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "flashmoe simulate --routing zipf:1 --policy domain_steal\n\n"
     "flashmoe simulate --ep 1 --tokens 1 --policy ancestor --plot ancestor.png\n\n"
-    "flashmoe simulate --machine h200 --ep 2 --tokens 64 --down rows --out t.npz --json"
+    "flashmoe simulate --machine h200 --ep 2 --tokens 64 --down rows --out t.npz --json\n\n"
+    "flashmoe simulate --layers 4 --gap-us 20 --without jitter --without signal_load\n\n"
+    "flashmoe simulate --routing zipf:1 --seeds 50"
 )
 
 
@@ -44,11 +52,10 @@ def simulate(
     machine: Annotated[str, typer.Option(help="Preset, FILE.toml, or host: this one, measured for 2 s.")] = "mi300x",
     ep: Annotated[int | None, typer.Option(help="PEs (GPUs) that share the experts. [dim]default: 8[/dim]")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per PE. [dim]default: 8[/dim]")] = None,
-    routing: Annotated[
-        str, typer.Option(help="uniform, zipf:S, dirichlet:A, hot:N, one, or FILE.npz with its own tokens.")
-    ] = "uniform",
+    routing: inputs.RoutingText = "uniform",
+    placement: inputs.Placement = None,
     policy: inputs.PolicyName = "static_phase",
-    engine: Annotated[str, typer.Option(help="simpy.")] = "simpy",
+    engine: Annotated[str, typer.Option(help="native, or simpy: the same in Python, slower.")] = "native",
     granularity: inputs.Granularity = None,
     down: inputs.Down = None,
     dtype: inputs.Dtype = None,
@@ -56,12 +63,30 @@ def simulate(
         int | None, typer.Option(help="Workers per PE. [dim]default: one for each CU of the machine[/dim]")
     ] = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Whether the router runs inside the kernel.")] = True,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers in a row, a routing each. [dim]default: 1, or all that a recording has[/dim]"),
+    ] = None,
+    correlation: inputs.Correlation = 0.0,
+    gap_us: Annotated[
+        float | None,
+        typer.Option(
+            help="Dense compute between layers [µs], each a launch of its own. [dim]default: one launch for all[/dim]"
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EFFECT", help=f"Switch an effect off; may be repeated. One of: {', '.join(EFFECTS)}."),
+    ] = None,
     seed: inputs.Seed = 0,
+    seeds: Annotated[
+        int | None, typer.Option(help="Also run this many seeds, from --seed on, and show how the makespan spreads.")
+    ] = None,
     out: inputs.TraceOut = None,
     plot: Annotated[Path | None, typer.Option(help="Write timeline, utilisation and HBM traffic as a figure.")] = None,
     as_json: inputs.Json = False,
 ) -> None:
-    """Simulate one layer on a machine that need not be at hand, and say why it takes as long as it does."""
+    """Simulate layers on a machine that need not be at hand, and say why they take as long as they do."""
     check_writable(out)
     check_writable(plot, FIGURES)
     from flashmoe.machine import Machine
@@ -70,26 +95,38 @@ def simulate(
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} (accepted: {', '.join(ENGINES)})")
     layer = inputs.load_model(model, dtype)
-    drawn = inputs.make_routing(routing, layer, tokens, ep, seed, default=(8, 8))
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds={seeds} (must be at least 1)")
+
+    def draw(of_seed: int) -> list[Routing]:
+        how: dict[str, Any] = {"num_layers": layers, "correlation": correlation, "placement": placement}
+        return inputs.make_layers(routing, layer, tokens, ep, of_seed, **how, default=(8, 8))
+
+    drawn = draw(seed)
     tiling = inputs.choose_tiling(policy, granularity, down)
     if machine == "host":
         with progress("measuring this host"):
             gpu = Machine.load(machine)
     else:
         gpu = Machine.load(machine)
+    arguments: dict[str, Any] = {
+        "machine": gpu,
+        "policy": policy,
+        "engine": engine,
+        "workers": workers,
+        "gate": gate,
+        "tiling": tiling,
+        "gap_us": gap_us,
+        "without": without or [],
+    }
     with progress("simulating") as tick:
-        trace = simulate(
-            layer,
-            routing=drawn,
-            machine=gpu,
-            policy=policy,
-            engine=engine,
-            seed=seed,
-            workers=workers,
-            gate=gate,
-            tiling=tiling,
-            progress=tick,
-        )
+        trace = simulate(layer, routing=drawn, seed=seed, progress=tick, **arguments)
+    replication = None
+    if seeds is not None:
+        from flashmoe.replicate import replicate
+
+        with progress("simulating other seeds") as tick:
+            replication = replicate(layer, routing=draw, seeds=range(seed, seed + seeds), progress=tick, **arguments)
     header = trace.header
     if out is not None:
         trace.save(out)
@@ -101,9 +138,9 @@ def simulate(
     resolved: dict[str, Any] = {
         "model": layer.to_dict(),
         "machine": gpu.name,
-        "ep": drawn.ep_size,
-        "tokens": inputs.common_number(drawn.num_tokens),
-        **inputs.routing_inputs(drawn),
+        "ep": drawn[0].ep_size,
+        "tokens": inputs.common_number(drawn[0].num_tokens),
+        **inputs.routing_inputs(drawn[0]),
         "policy": policy,
         "engine": engine,
         "granularity": header["tiling"]["granularity"],
@@ -111,6 +148,10 @@ def simulate(
         "tiling": header["tiling"],
         "workers": trace.num_workers,
         "gate": gate,
+        "layers": len(drawn),
+        "correlation": correlation,
+        "gap_us": gap_us,
+        "without": without or [],
         "seed": seed,
         "out": None if out is None else str(out),
         "plot": None if plot is None else str(plot),
@@ -125,21 +166,50 @@ def simulate(
                 "tasks": len(trace.records),
                 "hbm_bytes": header["hbm_bytes"],
                 "link_bytes": header["link_bytes"],
+                **({} if len(drawn) == 1 else {"layer_end_us": [end_ps / 1e6 for end_ps in header["layer_end_ps"]]}),
+                **({} if replication is None else {"seeds": _as_dict(replication)}),
                 "inputs": resolved,
             }
         )
         return
-    _print(trace, skew_in_words(drawn.skew(), layer.num_experts))
+    _print(trace, skew_in_words(drawn[0].skew(), layer.num_experts))
+    if replication is not None:
+        _print_replication(replication)
     print_written(out, "trace")
     print_written(plot, "figure")
 
 
+def _as_dict(replication: Replication) -> dict[str, Any]:
+    return {
+        "seeds": list(replication.seeds),
+        "makespan_us": replication.makespan_us.tolist(),
+        "level": replication.level,
+        **{name: asdict(estimate) for name, estimate in replication.summary().items()},
+    }
+
+
+def _print_replication(replication: Replication) -> None:
+    say("")
+    say(
+        f"The makespan over {len(replication.seeds)} seeds of all that is drawn at random, with "
+        f"{replication.level:.0%} confidence intervals (-: more seeds would be needed):"
+    )
+    rows = [
+        [name, *("-" if us is None else as_time(us) for us in (estimate.value, estimate.low, estimate.high))]
+        for name, estimate in replication.summary().items()
+    ]
+    print_table(["", "makespan", "at least", "at most"], rows)
+
+
 def _print(trace: Any, skew: str) -> None:
-    from flashmoe.sim import explain
+    from flashmoe.explain import explain
 
     header = trace.header
     say(trace.describe(), "bold")
     say(f"{skew} (routing {header['routing_name']})", "dim")
+    if header["layers"] > 1:
+        ends = ", ".join(as_time(end_ps / 1e6) for end_ps in header["layer_end_ps"])
+        say(f"{header['layers']} layers, that skew of the first; their last tasks end at {ends}", "dim")
     say("")
     print_table(
         ["makespan", "bound", "headroom", "utilisation", "tasks", "from HBM", "over links"],
@@ -164,4 +234,5 @@ def _print(trace: Any, skew: str) -> None:
         num_names=3,
     )
     say("")
-    say(explain(trace))
+    for paragraph in explain(trace).splitlines():
+        say(paragraph)

@@ -1,0 +1,273 @@
+#pragma once
+// The PTX instructions that the benchmarks are made of, and waits that cannot hang the GPU.
+#include <cstdint>
+#include <cstdio>
+
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+//! A wait longer than this is a fault: the kernel says which one and traps.
+constexpr u64 kWaitLimitNs = 500'000'000;
+
+//! Nanoseconds of a clock common to all SMs; its step is measured, not assumed.
+__device__ __forceinline__ u64 now_ns() {
+  u64 value;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(value)::"memory");
+  return value;
+}
+
+//! Cycles of this SM's clock.
+__device__ __forceinline__ u64 now_cycles() {
+  u64 value;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(value)::"memory");
+  return value;
+}
+
+__device__ __forceinline__ u32 sm_id() {
+  u32 value;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(value));
+  return value;
+}
+
+__device__ __noinline__ void give_up(const char* what) {
+  printf("wait for %s took over %llu ms: block %u thread %u\n", what,
+         static_cast<unsigned long long>(kWaitLimitNs / 1'000'000), blockIdx.x, threadIdx.x);
+  __trap();
+}
+
+//! Polls until ready() holds. The deadline is looked at rarely: reading the timer would blur short waits.
+template <class Ready>
+__device__ __forceinline__ void wait_until(Ready ready, const char* what) {
+  u64 deadline_ns = 0;
+  for (u32 polls = 1; !ready(); ++polls) {
+    if (polls % 256 != 0) continue;
+    if (deadline_ns == 0) deadline_ns = now_ns() + kWaitLimitNs;
+    if (now_ns() > deadline_ns) give_up(what);
+  }
+}
+
+__device__ __forceinline__ void wait_until_ns(u64 time_ns) {
+  wait_until([&] { return now_ns() >= time_ns; }, "a point in time");
+}
+
+// ---- words that SMs share
+
+__device__ __forceinline__ u32 load_acquire(const u32* word) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ u64 load_acquire(const u64* word) {
+  u64 value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ u32 load_relaxed(const u32* word) {
+  u32 value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(u32* word, u32 value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_release(u32* word, u32 value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_release(u64* word, u64 value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void add_release(u32* word, u32 value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 fetch_add_acq_rel(u32* word, u32 value) {
+  u32 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(word), "r"(value)
+               : "memory");
+  return old;
+}
+
+__device__ __forceinline__ u32 fetch_add_relaxed(u32* word, u32 value) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(word), "r"(value)
+               : "memory");
+  return old;
+}
+
+// ---- bulk copies: one thread issues them, an mbarrier in shared memory counts their bytes
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+//! Makes the barriers' first state visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
+  u32 passed;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  wait_until([&] { return barrier_passed(barrier, parity); }, "a bulk copy");
+}
+
+//! Policy for bytes read once: the first to leave L2.
+__device__ __forceinline__ u64 evict_first_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ u64 evict_normal_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+//! Starts a copy of `bytes` (a multiple of 16) into shared memory; `barrier` must expect them.
+__device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier,
+                                          u64 policy) {
+  barrier_expect(barrier, bytes);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// ---- one block an SM, all blocks from one moment on
+
+constexpr u32 kMaxSlots = 8;
+constexpr u32 kSlotBytes = 24 * 1024;
+constexpr u32 kRingBytes = kMaxSlots * kSlotBytes;
+//! More than half an SM's shared memory, so no SM can hold two blocks.
+constexpr u32 kSharedBytes = 200 * 1024;
+static_assert(kRingBytes <= kSharedBytes);
+
+//! In device memory, zeroed before each launch.
+struct Start {
+  u32 arrived;
+  u32 padding;
+  u64 at_ns;
+};
+
+//! Called by one thread of every block of a grid that fits the GPU at once.
+//! Returns a common time a little ahead [ns of now_ns()].
+__device__ __forceinline__ u64 start_together(Start* start) {
+  constexpr u64 kLeadNs = 10'000;  // longer than any signal takes
+  if (fetch_add_acq_rel(&start->arrived, 1) == gridDim.x - 1)
+    store_release(&start->at_ns, now_ns() + kLeadNs);
+  u64 at_ns = 0;
+  wait_until([&] { return (at_ns = load_acquire(&start->at_ns)) != 0; }, "the other blocks");
+  return at_ns;
+}
+
+//! What each block needs: barriers of the ring and the common start. Called by all threads of a block.
+struct Block {
+  unsigned char* ring;  // kRingBytes in shared memory
+  u32 barriers;         // shared address of kMaxSlots mbarriers of one arrival each
+  u64 start_ns;
+};
+
+__device__ __forceinline__ Block open_block(Start* start) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ u64 barriers[kMaxSlots];
+  __shared__ u64 start_ns;
+  if (threadIdx.x == 0) {
+    for (u32 i = 0; i < kMaxSlots; ++i) barrier_init(shared_address(&barriers[i]), 1);
+    barrier_init_fence();
+    start_ns = start_together(start);
+  }
+  __syncthreads();
+  return {shared, shared_address(barriers), start_ns};
+}
+
+// ---- the stream of weights
+
+//! Chunks of kSlotBytes, read round and round.
+struct Stream {
+  const unsigned char* data;
+  u64 num_chunks;   // in data
+  u64 first_chunk;  // of this launch
+  u64 work_chunks;  // stop after so many over all blocks
+  u32* ticket;      // who takes which chunk; null: every gridDim.x-th chunk is mine
+  u32 slots;        // copies in flight, 1..kMaxSlots
+};
+
+//! Copies that arrived after the first one in a window of time.
+struct Count {
+  u64 chunks, first_ns, last_ns;
+};
+
+//! Streams by one thread until end_ns (or until the work is done) and counts what arrives in [begin_ns,
+//! end_ns).
+__device__ __forceinline__ Count stream_until(const Stream& stream, const Block& block, u64 begin_ns,
+                                              u64 end_ns) {
+  const u64 policy = evict_first_policy();
+  const u32 ring = shared_address(block.ring);
+  u64 next = stream.ticket ? fetch_add_relaxed(stream.ticket, 1) : blockIdx.x;
+  auto issue = [&](u32 slot) {
+    u64 chunk = stream.first_chunk + next;
+    while (chunk >= stream.num_chunks) chunk -= stream.num_chunks;
+    bulk_copy(ring + slot * kSlotBytes, stream.data + chunk * kSlotBytes, kSlotBytes,
+              block.barriers + 8 * slot, policy);
+    // The next ticket is asked for here and looked at when a slot is free: its trip hides behind the copies.
+    next = stream.ticket ? fetch_add_relaxed(stream.ticket, 1) : next + gridDim.x;
+  };
+  u32 in_flight = 0;
+  while (in_flight < stream.slots && next < stream.work_chunks) issue(in_flight++);
+  Count count{0, 0, 0};
+  u64 time_ns = now_ns();
+  for (u32 slot = 0, parity = 0; in_flight > 0;) {
+    barrier_wait(block.barriers + 8 * slot, parity);
+    // Refill first: the clock and the counting then run beside the next copy.
+    if (time_ns < end_ns && next < stream.work_chunks) {
+      issue(slot);
+    } else {
+      --in_flight;
+    }
+    time_ns = now_ns();
+    if (time_ns >= begin_ns && time_ns < end_ns) {
+      if (count.first_ns == 0) {
+        count.first_ns = time_ns;
+      } else {
+        ++count.chunks;
+      }
+      count.last_ns = time_ns;
+    }
+    if (++slot == stream.slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  return count;
+}
