@@ -507,7 +507,7 @@ def stuck_of(worker: Worker) -> Stuck:
         Input(pick.row, event, events.count[event], events.target[event])
         for pick in worker.held
         for event in pick.unseen
-        if slot is None
+        if slot is None and not worker.sees(event)
     ]
     return Stuck(worker.pe.index, worker.index, worker.layer.number, slot, inputs)
 

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 
 #include "bounds.hpp"
@@ -68,7 +69,7 @@ Parameters make_parameters(const py::dict& given) {
 class LayerSource {
  public:
   virtual ~LayerSource() = default;
-  virtual std::unique_ptr<LayerGraph> make(const Parameters& p, std::optional<Order> order) const = 0;
+  virtual LayerGraph make(const Parameters& p, std::optional<Order> order) const = 0;
 
   //! Ids of picks, by rank or by worker, in place of an order's.
   std::vector<std::vector<u32>> ids_by_rank;
@@ -102,13 +103,13 @@ class RoutedLayer : public LayerSource {
     }
   }
 
-  std::unique_ptr<LayerGraph> make(const Parameters& p, std::optional<Order> order) const override {
+  LayerGraph make(const Parameters& p, std::optional<Order> order) const override {
     LayerPlan plan(shape_, tiling_, topk_idx_, num_tokens_, gate_inside_);
-    auto graph = std::make_unique<LayerGraph>(GraphBuilder::build(plan, p));
+    LayerGraph graph = GraphBuilder::build(plan, p);
     if (order) {
-      GraphBuilder::rank(*graph, plan, *order);
+      GraphBuilder::rank(graph, plan, *order);
     } else {
-      set_picks(*graph);
+      set_picks(graph);
     }
     return graph;
   }
@@ -146,9 +147,8 @@ class ListedLayer : public LayerSource {
         signal_ptr_(to_vector<u64>(table["signal_ptr"])),
         signal_bytes_(to_vector<u64>(table["signal_bytes"])) {}
 
-  std::unique_ptr<LayerGraph> make(const Parameters& p, std::optional<Order>) const override {
-    auto graph = std::make_unique<LayerGraph>();
-    LayerGraph& g = *graph;
+  LayerGraph make(const Parameters& p, std::optional<Order>) const override {
+    LayerGraph g;
     g.num_pes = static_cast<u32>(planned_event_.size());
     g.by_rows = by_rows_;
     g.first = first_;
@@ -167,15 +167,13 @@ class ListedLayer : public LayerSource {
       signals.clear();
       for (u64 i = signal_ptr_[row]; i < signal_ptr_[row + 1]; ++i)
         signals.push_back(SignalTo{signal_event_[i], event_pe_[signal_event_[i]], signal_bytes_[i]});
-      g.outputs[pe_[row]] += signals.empty() ? 1 : 0;
-      g.class_of.push_back(g.add_class(pe_[row],
-                                       Amounts{static_cast<TaskKind>(kind_[row]), num_tokens_[row],
-                                               num_rows_[row], weight_bytes_[row], io_bytes_[row],
-                                               flops_[row], 0},
-                                       waits, signals, p));
+      const Amounts amounts{static_cast<TaskKind>(kind_[row]), num_tokens_[row], num_rows_[row],
+                            weight_bytes_[row],               io_bytes_[row],   flops_[row],
+                            0};
+      g.add_rows(pe_[row], g.add_class(pe_[row], amounts, waits, signals, p), 1);
     }
     set_picks(g);
-    return graph;
+    return g;
   }
 
  private:
@@ -248,9 +246,9 @@ py::dict run_layers(const py::dict& given, const std::vector<std::shared_ptr<Lay
   double distinct_bytes = 0;
   // the engine asks for layers in their order
   config.make_layer = [&](u32 number) {
-    auto graph = layers[number]->make(p, ranked);
-    if (with_bounds) bounds.add(*graph);
-    for (double bytes : graph->distinct_bytes) distinct_bytes += bytes;
+    LayerGraph graph = layers[number]->make(p, ranked);
+    if (with_bounds) bounds.add(graph);
+    for (double bytes : graph.distinct_bytes) distinct_bytes += bytes;
     return graph;
   };
   config.progress = [&](u64 done) {

@@ -1,6 +1,7 @@
 // Times that no schedule can beat, class by class; flashmoe/sim/bounds.py explains them, task by task.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "layer_graph.hpp"
@@ -27,7 +28,6 @@ class BoundsOf {
   }
 
   void add(const LayerGraph& g) {
-    count_classes(g);
     if (num_layers_ == 0 || !pipelined_) {
       for (double& entry : entry_ps_) entry += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
       idle_ps_ += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
@@ -35,12 +35,9 @@ class BoundsOf {
     ++num_layers_;
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
       distinct_[pe] += g.distinct_bytes[pe] / (p_.hbm_bytes_per_ns * p_.speeds[pe]) * 1000.0;
-      for (u32 row = g.first[pe]; row < g.first[pe + 1];) {
-        const u32 chain = std::max(1u, g.chain_of(row));
-        add_pick(g, pe, row, chain);
-        row += chain;
-      }
     }
+    for (const TaskClass& c : g.classes) add_class(g, c);
+    add_chains(g);
     follow_dependences(g);
   }
 
@@ -78,39 +75,50 @@ class BoundsOf {
   }
 
  private:
-  void count_classes(const LayerGraph& g) {
-    first_row_.assign(g.classes.size(), none);
-    for (u32 row = 0; row < g.num_tasks(); ++row) {
-      u32& first = first_row_[g.class_of[row]];
-      if (first == none) first = row;
-    }
-  }
-
   i64 stream_ps(const TaskClass& c, u32 pe) const {
     return least_stream_ps(c.cost.stream_bytes, p_.speeds[pe], p_);
   }
   static i64 after_ps(const TaskClass& c) { return c.cost.overhead_ps + c.before_jitter.send_ps; }
 
-  void add_pick(const LayerGraph& g, u32 pe, u32 row, u32 chain) {
-    double stream = 0, rest = 0, least = 0;
-    for (u32 i = row; i < row + chain; ++i) {
-      const TaskClass& c = g.of(i);
-      const i64 streams = stream_ps(c, pe);
-      if (p_.prefetch) {
-        stream += static_cast<double>(streams);
-        rest += static_cast<double>(c.cost.compute_ps + after_ps(c));
-      } else {
-        rest += static_cast<double>(std::max(streams, c.cost.compute_ps) + after_ps(c));
-      }
-      if (i == row) least = static_cast<double>(std::max(streams, c.cost.compute_ps) + after_ps(c));
-      for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
-        const SignalTo& to = g.signals[s];
-        if (to.pe != pe) traffic_[pe * p_.num_pes + to.pe] += static_cast<double>(to.bytes);
-      }
+  //! What a worker does one task after the other: with prefetch it streams for one while it runs another.
+  void add_class(const LayerGraph& g, const TaskClass& c) {
+    const u32 pe = pe_of(g, c.first_row);
+    const auto count = static_cast<double>(c.count);
+    const auto stream = static_cast<double>(stream_ps(c, pe)), rest = static_cast<double>(rest_ps(c));
+    const double least = least_ps(c, pe);
+    if (p_.prefetch) {
+      stream_ps_[pe] += count * stream;
+      rest_ps_[pe] += count * rest;
+    } else {
+      rest_ps_[pe] += count * least;
     }
-    stream_ps_[pe] += stream;
-    rest_ps_[pe] += rest;
-    longest_ps_ = std::max(longest_ps_, std::max(least, std::max(stream, rest)));
+    if (g.chain_of(c.first_row) > 0) longest_ps_ = std::max(longest_ps_, least);
+    for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
+      const SignalTo& to = g.signals[s];
+      if (to.pe != pe) traffic_[pe * p_.num_pes + to.pe] += count * static_cast<double>(to.bytes);
+    }
+  }
+
+  //! A chain is one pick.
+  void add_chains(const LayerGraph& g) {
+    for (u32 row = 0; row < g.chain.size();) {
+      const u32 chain = g.chain[row], pe = pe_of(g, row);
+      double stream = 0, rest = 0;
+      for (u32 i = row; i < row + chain; ++i) {
+        stream += p_.prefetch ? static_cast<double>(stream_ps(g.of(i), pe)) : 0.0;
+        rest += p_.prefetch ? static_cast<double>(rest_ps(g.of(i))) : least_ps(g.of(i), pe);
+      }
+      longest_ps_ = std::max(longest_ps_, std::max(stream, rest));
+      row += chain;
+    }
+  }
+
+  static u32 pe_of(const LayerGraph& g, u32 row) {
+    return static_cast<u32>(std::upper_bound(g.first.begin(), g.first.end(), row) - g.first.begin()) - 1;
+  }
+  static i64 rest_ps(const TaskClass& c) { return c.cost.compute_ps + after_ps(c); }
+  double least_ps(const TaskClass& c, u32 pe) const {
+    return static_cast<double>(std::max(stream_ps(c, pe), c.cost.compute_ps) + after_ps(c));
   }
 
   //! Earliest end of every class with unlimited workers. Signals inside a PE cost nothing: one worker may run both
@@ -120,18 +128,23 @@ class BoundsOf {
     end_ps_.assign(g.classes.size(), 0.0);
     weights_ps_.assign(g.classes.size(), 0.0);
     std::vector<double> outputs_ps = entry_ps_, all_ps = entry_ps_;
+    for (auto& numbers : by_kind_) numbers.clear();
+    for (u32 number = 0; number < g.classes.size(); ++number) by_kind_[g.classes[number].kind].push_back(number);
+    // in a chain, each task after the one before it
+    auto& downs = by_kind_[static_cast<u32>(TaskKind::down)];
+    if (g.by_rows) {
+      std::sort(downs.begin(), downs.end(),
+                [&](u32 a, u32 b) { return g.classes[a].first_row < g.classes[b].first_row; });
+    }
     constexpr TaskKind stages[] = {TaskKind::gate,   TaskKind::route, TaskKind::dispatch, TaskKind::up,
                                    TaskKind::expert, TaskKind::down,  TaskKind::combine};
     for (TaskKind kind : stages) {
-      for (u32 pe = 0; pe < g.num_pes; ++pe) {
-        for (u32 row = g.first[pe]; row < g.first[pe + 1]; ++row) {
-          const u32 number = g.class_of[row];
-          const TaskClass& c = g.classes[number];
-          if (c.kind != static_cast<u32>(kind) || first_row_[number] != row) continue;
-          end_class(g, pe, row, number, c);
-          all_ps[pe] = std::max(all_ps[pe], end_ps_[number]);
-          if (c.signal_begin == c.signal_end) outputs_ps[pe] = std::max(outputs_ps[pe], end_ps_[number]);
-        }
+      for (u32 number : by_kind_[static_cast<u32>(kind)]) {
+        const TaskClass& c = g.classes[number];
+        const u32 pe = pe_of(g, c.first_row);
+        end_class(g, pe, c.first_row, number, c);
+        all_ps[pe] = std::max(all_ps[pe], end_ps_[number]);
+        if (c.signal_begin == c.signal_end) outputs_ps[pe] = std::max(outputs_ps[pe], end_ps_[number]);
       }
     }
     end_of_pe_ = all_ps;
@@ -173,7 +186,7 @@ class BoundsOf {
   std::vector<double> stream_ps_, rest_ps_;
   std::vector<double> entry_ps_, end_of_pe_;
   std::vector<double> traffic_;  // [source][destination] bytes
-  std::vector<u32> first_row_;
+  std::array<std::vector<u32>, 7> by_kind_;  // classes
   std::vector<double> event_ps_, end_ps_, weights_ps_;
 };
 

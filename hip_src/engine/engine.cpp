@@ -1,12 +1,13 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <memory>
 
 namespace flashmoe::engine {
 namespace {
 
 enum class What : u32 { resume, ticket, appended, settle, give, land, ingress, launch };
-enum class Step : u32 {
+enum class Step : std::uint8_t {
   enter,
   start,
   launch_queue,
@@ -23,11 +24,11 @@ enum class Step : u32 {
   leave,
   done
 };
-enum class SleepsFor : u32 { nothing, pick, weights, inputs };
+enum class SleepsFor : std::uint8_t { nothing, pick, weights, inputs };
 
 constexpr u32 max_held = max_look_ahead + 1;
 constexpr u32 max_picks = max_held + 2;  // beside them the one that runs and the next of its chain
-constexpr u32 no_pick = max_picks;
+constexpr std::uint8_t no_pick = max_picks;
 constexpr u64 progress_step = 1 << 16;
 constexpr u64 named_stuck = 8;
 
@@ -35,30 +36,34 @@ bool is_planned_kind(u32 kind) { return kind >= static_cast<u32>(TaskKind::up); 
 bool is_first_kind(u32 kind) { return kind <= static_cast<u32>(TaskKind::dispatch); }
 
 struct Pick {
-  u32 row = 0, serial = 0;
-  u32 before = none;     // event to be seen before all others: the plan, or the layer's entry
-  u32 next_wait = 0;     // first input, in the class's list, that was not seen yet
-  bool used = false, streaming = false;
-  i64 asked_ps = 0, ticket_ps = 0, loaded_ps = -1;
-  Cost cost{};
+  u32 row;
+  u32 before;     // event to be seen before all others: the plan, or the layer's entry; or none
+  u32 next_wait;  // first input, in the class's list, that was not seen yet
+  u32 serial;
+  u32 quantile;
+  bool streaming, stalls;
+  i64 asked_ps, ticket_ps, loaded_ps;
 };
 
-struct Worker {
-  u32 pe, index, number;
-  std::int32_t domain;
+struct Layer;
+
+//! Two cache lines: what a worker is doing. Its picks lie elsewhere, as many as it may have at a time.
+struct alignas(64) Worker {
+  u32 number = 0;
+  u16 pe = 0, index = 0;
+  std::int16_t domain = 0;
   Step step = Step::enter, then = Step::enter;
   SleepsFor sleeps_for = SleepsFor::nothing;
   bool triggered = false, more = true, asking = false;
-  u32 layer = 0;
-  u32 current = no_pick, following = no_pick, awaited = no_pick;
-  u32 chain_end = 0;
-  u32 num_held = 0, first_stream = 0, num_streams = 0;
-  u32 waits_for_slot = none;
-  i64 asked_ps = 0, start_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0, last_end_ps = 0;
-  u32 held[max_held];        // picks, oldest first
-  u32 streams[max_picks];    // ring of picks whose weights have been asked for, the first one on its way
-  Pick picks[max_picks];
+  std::uint8_t current = no_pick, following = no_pick, awaited = no_pick;
+  std::uint8_t num_held = 0, first_stream = 0, num_streams = 0;
+  std::uint8_t held[max_held]{};      // picks, oldest first
+  std::uint8_t streams[max_picks]{};  // ring of picks whose weights have been asked for, the first one on its way
+  u32 chain_end = 0, waits_for_slot = none, used_picks = 0;
+  Layer* layer = nullptr;
+  i64 start_ps = 0, asked_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0, last_end_ps = 0;
 };
+static_assert(sizeof(Worker) == 128);
 
 //! The push queue of one PE and layer.
 struct PushState {
@@ -92,7 +97,8 @@ struct Stage {
 };
 
 struct Layer {
-  std::unique_ptr<LayerGraph> graph;
+  LayerGraph graph;
+  u32 number = 0;
   std::vector<EventState> events;
   std::vector<Stage> stages;
   std::vector<Record> records;
@@ -106,17 +112,21 @@ class Engine {
       : p_(p), config_(config), links_(p), layers_(config.num_layers) {
     const u64 row = p.rates.size() / p.num_pes;
     const bool is_host = p.num_cores > 0;
-    for (u32 pe = 0; pe < (is_host ? 1 : p.num_pes); ++pe) channels_.emplace_back(p.rates.data() + pe * row);
+    for (u32 pe = 0; pe < (is_host ? 1 : p.num_pes); ++pe) channels_.emplace_back(p.rates.data() + pe * row, static_cast<u32>(row - 1));
+    next_of_channel_.assign(channels_.size(), never);
     shares_channel_ = is_host;
     free_cores_ = p.num_cores;
     workers_.resize(u64{p.num_pes} * p.num_workers);
     for (u32 i = 0; i < workers_.size(); ++i) {
       Worker& w = workers_[i];
       w.number = i;
-      w.pe = i / p.num_workers;
-      w.index = i % p.num_workers;
-      w.domain = static_cast<std::int32_t>(w.index % p.num_domains);
+      w.pe = static_cast<u16>(i / p.num_workers);
+      w.index = static_cast<u16>(i % p.num_workers);
+      w.domain = static_cast<std::int16_t>(w.index % p.num_domains);
     }
+    picks_a_worker_ = std::min(config.look_ahead, max_look_ahead) + 3;
+    picks_.resize(workers_.size() * picks_a_worker_);
+    clock_.keep_near(workers_.data(), sizeof(Worker));
     key_ = mixed(p.seed * golden);
     near_ticket_[0] = p.ticket_service_ps;
     near_ticket_[1] = p.ticket_ps;
@@ -125,7 +135,10 @@ class Engine {
   }
 
   Result run() {
-    for (Worker& w : workers_) clock_.at_once(item(What::resume, w.number));
+    for (Worker& w : workers_) {
+      w.layer = &layer(0);
+      clock_.at_once(item(What::resume, w.number));
+    }
     Item next;
     for (;;) {
       const Clock::Turn turn = clock_.step(channel_ps_, next);
@@ -140,7 +153,7 @@ class Engine {
   }
 
  private:
-  static Item item(What what, u32 who, u64 value = 0) { return Item{static_cast<u32>(what), who, value}; }
+  static Item item(What what, u32 who, u64 value = 0) { return Item{value, who, static_cast<u32>(what)}; }
   i64 now() const { return clock_.now(); }
 
   // --- layers
@@ -153,12 +166,13 @@ class Engine {
   void make_layer(u32 number) {
     auto made = std::make_unique<Layer>();
     made->graph = config_.make_layer(number);
-    const LayerGraph& g = *made->graph;
+    made->number = number;
+    const LayerGraph& g = made->graph;
     made->events.resize(g.event_target.size() + g.num_pes);
     for (std::size_t i = 0; i < g.event_target.size(); ++i) made->events[i].target = g.event_target[i];
     const u32 first_entry = static_cast<u32>(g.event_target.size());
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
-      if (is_pipelined(number)) made->events[first_entry + pe].target = layer(number - 1).graph->outputs[pe];
+      if (is_pipelined(number)) made->events[first_entry + pe].target = layer(number - 1).graph.outputs[pe];
       Stage stage;
       stage.planned = g.planned_event[pe];
       stage.entry = first_entry + pe;
@@ -169,9 +183,9 @@ class Engine {
     }
     if (config_.keep_records) made->records.resize(g.num_tasks());
     result_.num_tasks += g.num_tasks();
-    for (u32 c : g.class_of) {
-      result_.hbm_bytes += g.classes[c].weight_bytes;
-      result_.link_bytes += g.classes[c].link_bytes;
+    for (const TaskClass& c : g.classes) {
+      result_.hbm_bytes += c.count * c.weight_bytes;
+      result_.link_bytes += c.count * c.link_bytes;
     }
     layers_[number] = std::move(made);
     if (config_.queue == QueueKind::push) {
@@ -199,7 +213,7 @@ class Engine {
       result_.records.resize(config_.num_layers);
       result_.records[number] = std::move(l.records);
     }
-    if (l.tasks_done < l.graph->num_tasks()) return;  // kept for the report
+    if (l.tasks_done < l.graph.num_tasks()) return;  // kept for the report
     layers_[number].reset();
     closed_ = std::max(closed_, number + 1);
   }
@@ -210,9 +224,9 @@ class Engine {
 
   void update_channel_ps() {
     channel_ps_ = never;
-    for (u32 i = 0; i < channels_.size(); ++i) {
-      if (channels_[i].next_ps() < channel_ps_) {
-        channel_ps_ = channels_[i].next_ps();
+    for (u32 i = 0; i < next_of_channel_.size(); ++i) {
+      if (next_of_channel_[i] < channel_ps_) {
+        channel_ps_ = next_of_channel_[i];
         first_channel_ = i;
       }
     }
@@ -221,9 +235,10 @@ class Engine {
   void start_stream(Worker& w) {
     const u32 index = shares_channel_ ? 0 : w.pe;
     Channel& c = channels_[index];
-    c.start(now(), w.picks[w.streams[w.first_stream]].cost.stream_bytes, w.number);
-    if (c.next_ps() < channel_ps_ || (c.next_ps() == channel_ps_ && index < first_channel_)) {
-      channel_ps_ = c.next_ps();
+    c.start(now(), stream_bytes(w, pick_of(w, w.streams[w.first_stream])), w.number);
+    const i64 next_ps = next_of_channel_[index] = c.next_ps();
+    if (next_ps < channel_ps_ || (next_ps == channel_ps_ && index < first_channel_)) {
+      channel_ps_ = next_ps;
       first_channel_ = index;
     } else if (index == first_channel_) {
       update_channel_ps();
@@ -233,24 +248,38 @@ class Engine {
   void finish_streams() {
     ended_.clear();
     channels_[first_channel_].finish(now(), ended_);
+    next_of_channel_[first_channel_] = channels_[first_channel_].next_ps();
     update_channel_ps();
+    __builtin_prefetch(&workers_[channels_[first_channel_].first_worker()], 1);
     for (u32 number : ended_) {
       Worker& w = workers_[number];
       const u32 pick = w.streams[w.first_stream];
-      w.first_stream = (w.first_stream + 1) % max_picks;
+      w.first_stream = static_cast<std::uint8_t>(w.first_stream + 1 == max_picks ? 0 : w.first_stream + 1);
       --w.num_streams;
-      w.picks[pick].loaded_ps = now();
+      pick_of(w, pick).loaded_ps = now();
       if (w.sleeps_for == SleepsFor::weights && w.awaited == pick) wake(w, SleepsFor::weights);
       if (w.num_streams > 0) start_stream(w);
     }
   }
 
   //! Asks for a pick's weights. A CU streams for one task at a time, in the order in which it asks.
-  void stream(Worker& w, u32 pick) {
-    if (w.picks[pick].streaming) return;  // its worker may have seen the plan before the others
-    w.picks[pick].streaming = true;
-    w.streams[(w.first_stream + w.num_streams) % max_picks] = pick;
+  void stream(Worker& w, u32 slot) {
+    Pick& pick = pick_of(w, slot);
+    if (pick.streaming) return;  // its worker may have seen the plan before the others
+    pick.streaming = true;
+    const u32 last = w.first_stream + w.num_streams;
+    w.streams[last < max_picks ? last : last - max_picks] = static_cast<std::uint8_t>(slot);
     if (++w.num_streams == 1) start_stream(w);
+  }
+
+  double stream_bytes(const Worker& w, const Pick& pick) const {
+    const double bytes = w.layer->graph.of(pick.row).cost.stream_bytes;
+    return p_.jitters ? bytes * p_.quantiles[pick.quantile] : bytes;
+  }
+
+  Cost cost(const Worker& w, const Pick& pick, const TaskClass& c) const {
+    if (!p_.jitters) return c.cost;
+    return task_cost(c.before_jitter, p_.speeds[w.pe], p_.quantiles[pick.quantile], pick.stalls ? p_.stall_ps : 0);
   }
 
   i64 far_ps(u32 pe) { return p_.far_ps[channel(pe).num_streams()]; }
@@ -262,10 +291,10 @@ class Engine {
     return l.events[event].is_seen(w.number, w.domain, now());
   }
 
-  void signal(u32 number, u32 event, u32 maker, std::int32_t domain, i64 far, i64 near) {
-    EventState& e = layers_[number]->events[event];
+  void signal(Layer& l, u32 event, u32 maker, std::int32_t domain, i64 far, i64 near) {
+    EventState& e = l.events[event];
     if (!e.add(maker, domain, now(), far, near)) return;
-    const u64 where = u64{number} << 32 | event;
+    const u64 where = u64{l.number} << 32 | event;
     if (e.near_ps < e.far_ps) clock_.at(e.near_ps, item(What::land, static_cast<u32>(e.domain) + 1, where));
     clock_.at(e.far_ps, item(What::land, 0, where));
   }
@@ -322,7 +351,7 @@ class Engine {
           break;
         case Waiter::Call::stream: {
           Worker& w = workers_[waiter.who];
-          if (w.picks[waiter.pick].used && w.picks[waiter.pick].serial == waiter.serial) stream(w, waiter.pick);
+          if (pick_of(w, waiter.pick).serial == waiter.serial) stream(w, waiter.pick);
           break;
         }
         case Waiter::Call::ring:
@@ -333,13 +362,13 @@ class Engine {
     }
   }
 
-  void put(u32 number, u32 source, const SignalTo& to) {
+  void put(Layer& l, u32 source, const SignalTo& to) {
     if (!links_.has_ports()) {
       const i64 seen_ps = links_.send(now(), source, to.pe, to.bytes);
-      signal(number, to.event, none, -1, seen_ps, seen_ps);
+      signal(l, to.event, none, -1, seen_ps, seen_ps);
       return;
     }
-    Message message{number, to.event, to.pe, 0, 0, 0};
+    Message message{l.number, to.event, to.pe, 0, 0, 0};
     links_.leave(now(), source, to.bytes, message);
     u32 slot;
     if (free_messages_.empty()) {
@@ -357,7 +386,7 @@ class Engine {
     const Message message = messages_[slot];
     free_messages_.push_back(slot);
     const i64 seen_ps = links_.enter(message);
-    if (layers_[message.layer]) signal(message.layer, message.event, none, -1, seen_ps, seen_ps);
+    if (layers_[message.layer]) signal(*layers_[message.layer], message.event, none, -1, seen_ps, seen_ps);
   }
 
   // --- waiting
@@ -409,29 +438,34 @@ class Engine {
 
   // --- picks
 
-  u32 hold(Worker& w, u32 row, i64 asked_ps) {
-    Layer& l = *layers_[w.layer];
-    const LayerGraph& g = *l.graph;
+  Pick& pick_of(const Worker& w, u32 slot) { return picks_[w.number * picks_a_worker_ + slot]; }
+  const Pick& pick_of(const Worker& w, u32 slot) const { return picks_[w.number * picks_a_worker_ + slot]; }
+
+  std::uint8_t hold(Worker& w, u32 row, i64 asked_ps) {
+    Layer& l = *w.layer;
+    const LayerGraph& g = l.graph;
     const Stage& stage = l.stages[w.pe];
-    u32 slot = 0;
-    while (w.picks[slot].used) ++slot;
-    Pick& pick = w.picks[slot];
+    const auto slot = static_cast<std::uint8_t>(__builtin_ctz(~w.used_picks));
+    w.used_picks |= 1u << slot;
+    Pick& pick = pick_of(w, slot);
     const TaskClass& c = g.of(row);
     pick.row = row;
     ++pick.serial;
-    pick.used = true;
     pick.streaming = false;
     pick.loaded_ps = -1;
     pick.asked_ps = asked_ps;
     pick.ticket_ps = now();
     pick.next_wait = c.wait_begin;
     pick.before = none;
-    pick.cost = c.cost;
-    if (p_.jitters) add_jitter(pick, c, w, g);
+    if (p_.jitters) {
+      const u64 bits = task_bits(key_, w.layer->number, w.pe, g.id_of(w.pe, row));
+      pick.quantile = quantile_of(bits);
+      pick.stalls = stalls(bits, p_.stall_threshold);
+    }
     const bool unplanned = is_planned_kind(c.kind) && !sees(w, l, stage.planned);
     if (unplanned) {
       pick.before = stage.planned;
-    } else if (is_pipelined(w.layer) && is_first_kind(c.kind)) {
+    } else if (is_pipelined(w.layer->number) && is_first_kind(c.kind)) {
       pick.before = stage.entry;
     }
     if (p_.prefetch && c.cost.stream_bytes > 0) {
@@ -445,27 +479,21 @@ class Engine {
     return slot;
   }
 
-  void add_jitter(Pick& pick, const TaskClass& c, const Worker& w, const LayerGraph& g) {
-    const u64 bits = task_bits(key_, w.layer, w.pe, g.id_of(w.pe, pick.row));
-    pick.cost = task_cost(c.before_jitter, p_.speeds[w.pe], p_.quantiles[quantile_of(bits)],
-                          stalls(bits, p_.stall_threshold) ? p_.stall_ps : 0);
-  }
-
   bool is_ready(const Worker& w, Layer& l, Pick& pick) const {
     if (pick.before != none) {
       if (!sees(w, l, pick.before)) return false;
       pick.before = none;
     }
-    const TaskClass& c = l.graph->of(pick.row);
+    const TaskClass& c = l.graph.of(pick.row);
     for (; pick.next_wait < c.wait_end; ++pick.next_wait) {
-      if (!sees(w, l, l.graph->waits[pick.next_wait])) return false;
+      if (!sees(w, l, l.graph.waits[pick.next_wait])) return false;
     }
     return true;
   }
 
   //! First event that a task or a later one of its chain waits for, or none.
   u32 first_unseen_in_chain(const Worker& w, const Layer& l, u32 row, u32 end) const {
-    const LayerGraph& g = *l.graph;
+    const LayerGraph& g = l.graph;
     for (; row < end; ++row) {
       const TaskClass& c = g.of(row);
       for (u32 i = c.wait_begin; i < c.wait_end; ++i) {
@@ -475,11 +503,11 @@ class Engine {
     return none;
   }
 
-  u32 oldest_ready(Worker& w, Layer& l) const {
+  u32 oldest_ready(Worker& w, Layer& l) {
     for (u32 i = 0; i < w.num_held; ++i) {
-      Pick& pick = w.picks[w.held[i]];
+      Pick& pick = pick_of(w, w.held[i]);
       if (!is_ready(w, l, pick)) continue;
-      const u32 chain = l.graph->chain_of(pick.row);
+      const u32 chain = l.graph.chain_of(pick.row);
       if (w.num_held == 1 || chain <= 1 ||
           first_unseen_in_chain(w, l, pick.row + 1, pick.row + chain) == none)
         return i;
@@ -489,7 +517,7 @@ class Engine {
 
   bool may_take(const Worker& w, const Layer& l) const {
     if (w.num_held == 0) return true;
-    const u32 kind = l.graph->of(w.picks[w.held[0]].row).kind;
+    const u32 kind = l.graph.of(pick_of(w, w.held[0]).row).kind;
     // a down that cannot be decoded yet waits for the plan, and so for other PEs
     const bool waits_here = waits_for_own_pe(static_cast<TaskKind>(kind)) &&
                             (!is_planned_kind(kind) || sees(w, l, l.stages[w.pe].planned));
@@ -497,16 +525,16 @@ class Engine {
     return waits_here && w.num_held < 1 + look_ahead;
   }
 
-  void listen(Worker& w, Layer& l, const u32* picks, u32 count) {
+  void listen(Worker& w, Layer& l, const std::uint8_t* picks, u32 count) {
     for (u32 i = 0; i < count; ++i) {
-      const Pick& pick = w.picks[picks[i]];
+      const Pick& pick = pick_of(w, picks[i]);
       u32 event = pick.before;
       if (event == none) {
-        const TaskClass& c = l.graph->of(pick.row);
+        const TaskClass& c = l.graph.of(pick.row);
         event = pick.next_wait < c.wait_end
-                    ? l.graph->waits[pick.next_wait]
+                    ? l.graph.waits[pick.next_wait]
                     : first_unseen_in_chain(w, l, pick.row,
-                                            pick.row + std::max(1u, l.graph->chain_of(pick.row)));
+                                            pick.row + std::max(1u, l.graph.chain_of(pick.row)));
       }
       listen_to(w, l, event);
     }
@@ -529,18 +557,18 @@ class Engine {
   }
 
   void look_up(Worker& w) {
-    Layer& l = *layers_[w.layer];
+    Layer& l = *w.layer;
     Stage& stage = l.stages[w.pe];
     u32& turn = stage.turn[w.index];
     u32 ticket;
     switch (config_.queue) {
       case QueueKind::stride: {
         const u64 rank = w.index + u64{p_.num_workers} * turn++;
-        got(w, rank < stage.num_picks ? l.graph->picks.by_rank[w.pe][rank] : none);
+        got(w, rank < stage.num_picks ? l.graph.picks.by_rank[w.pe][rank] : none);
         break;
       }
       case QueueKind::replay: {
-        const auto& list = l.graph->picks.by_worker[w.pe][w.index];
+        const auto& list = l.graph.picks.by_worker[w.pe][w.index];
         got(w, turn < list.size() ? list[turn] : none);
         ++turn;
         break;
@@ -570,7 +598,7 @@ class Engine {
   }
 
   void ticketed(Worker& w, u32 ticket) {
-    Layer& l = *layers_[w.layer];
+    Layer& l = *w.layer;
     Stage& stage = l.stages[w.pe];
     if (config_.queue == QueueKind::push) {
       if (ticket >= stage.num_picks) {
@@ -584,7 +612,7 @@ class Engine {
     if (config_.queue == QueueKind::domain)
       rank = domain_asked(w, stage.turn[w.index]) + u64{p_.num_domains} * ticket;
     if (rank < stage.num_picks) {
-      got(w, l.graph->picks.by_rank[w.pe][rank]);
+      got(w, l.graph.picks.by_rank[w.pe][rank]);
     } else if (config_.queue == QueueKind::domain) {
       ++stage.turn[w.index];
       look_up(w);
@@ -614,7 +642,7 @@ class Engine {
 
   void make_push(u32 number, u32 pe) {
     Layer& l = *layers_[number];
-    const LayerGraph& g = *l.graph;
+    const LayerGraph& g = l.graph;
     auto push = std::make_unique<PushState>();
     const std::vector<u32>& order = g.picks.by_rank[pe];
     push->slots.resize(order.size());
@@ -652,11 +680,11 @@ class Engine {
 
   //! Hands out a slot that is filled; else appends the next group, if it is ready, or waits.
   void settle(Worker& w, u32 slot) {
-    Layer& l = *layers_[w.layer];
+    Layer& l = *w.layer;
     PushState& push = *l.stages[w.pe].push;
     PushState::Slot& s = push.slots[slot];
     if (s.row == none) {
-      if (!push.appending_group && group_is_ready(w.layer, w.pe, &w)) {
+      if (!push.appending_group && group_is_ready(w.layer->number, w.pe, &w)) {
         push.appending_group = true;
         w.waits_for_slot = slot;
         if (push.groups[push.next_group].empty()) {
@@ -669,14 +697,14 @@ class Engine {
         }
         return;
       }
-      watch(w.layer, w.pe);
+      watch(w.layer->number, w.pe);
       s.waiter = w.number;
       s.serial = ++push.serial;
       push.waiting.emplace_back(slot, s.serial);
       w.waits_for_slot = slot;
       return;
     }
-    offer(w.layer, w.pe);  // this worker may have been woken for a group, and its own slot came first
+    offer(w.layer->number, w.pe);  // this worker may have been woken for a group, and its own slot came first
     if (s.writer != w.number && s.seen_ps > now()) {
       clock_.at(s.seen_ps, item(What::give, w.number, s.row));
     } else {
@@ -685,7 +713,7 @@ class Engine {
   }
 
   void add_to_tail(Worker& w, bool is_group) {
-    PushState& push = *layers_[w.layer]->stages[w.pe].push;
+    PushState& push = *w.layer->stages[w.pe].push;
     u32 first;
     const u32 count = static_cast<u32>(push.appending[w.index].size());
     const i64 at = push.tail.add(now(), shared_ticket_[0], shared_ticket_[1], count, first);
@@ -693,7 +721,7 @@ class Engine {
   }
 
   void appended(Worker& w, u32 first, bool is_group) {
-    PushState& push = *layers_[w.layer]->stages[w.pe].push;
+    PushState& push = *w.layer->stages[w.pe].push;
     const i64 seen_ps = now() + far_ps(w.pe);
     u32 slot = first;
     for (u32 row : push.appending[w.index]) {
@@ -735,9 +763,9 @@ class Engine {
     };
     // a chain waits for each of its other inputs itself
     if (stage.push->next_group == 0) return is_unseen(stage.planned) ? stage.planned : none;
-    const TaskClass& c = l.graph->of(stage.push->groups[stage.push->next_group][0]);
+    const TaskClass& c = l.graph.of(stage.push->groups[stage.push->next_group][0]);
     for (u32 i = c.wait_begin; i < c.wait_end; ++i) {
-      if (is_unseen(l.graph->waits[i])) return l.graph->waits[i];
+      if (is_unseen(l.graph.waits[i])) return l.graph.waits[i];
     }
     return none;
   }
@@ -773,10 +801,10 @@ class Engine {
     PushState& push = *l.stages[w.pe].push;
     std::vector<u32>& ready = push.appending[w.index];
     for (u32 i = c.signal_begin; i < c.signal_end; ++i) {
-      const SignalTo& to = l.graph->signals[i];
+      const SignalTo& to = l.graph.signals[i];
       if (to.pe != w.pe || ++push.signals[to.event] != l.events[to.event].target) continue;
       for (u32 row : push.unlocks[to.event]) {
-        if (--push.missing[row - l.graph->first[w.pe]] == 0) ready.push_back(row);
+        if (--push.missing[row - l.graph.first[w.pe]] == 0) ready.push_back(row);
       }
     }
     if (ready.empty()) return false;
@@ -832,129 +860,139 @@ class Engine {
     }
   }
 
-  //! Runs a worker until it has to wait for something.
+  //! Runs a worker until it has to wait for something. Steps follow each other as they mostly do: an indirect jump
+  //! for each would cost more than what it leads to.
   void advance(Worker& w) {
     for (;;) {
       switch (w.step) {
-        case Step::enter:
-          layer(w.layer);
-          w.more = true;
-          if (w.layer == 0) {
-            w.step = Step::start;
-            if (p_.start_ps[w.index] > 0) {
-              clock_.at(p_.start_ps[w.index], item(What::resume, w.number));
-              return;
-            }
-          } else {
-            w.step = Step::launch_queue;
-          }
-          break;
-        case Step::start:
-          if (!acquire_core(w, Step::launch_queue)) return;
-          break;
-        case Step::launch_queue: {
-          w.step = Step::loop;
-          if (w.index != 0 || config_.queue != QueueKind::push) break;
-          PushState& push = *layers_[w.layer]->stages[w.pe].push;
-          if (push.first_ready.empty()) break;
-          push.appending[w.index] = push.first_ready;
-          add_to_tail(w, false);
-          return;
-        }
-        case Step::loop:
-          if (!choose(w)) return;
-          break;
-        case Step::get_core:
-          if (!acquire_core(w, w.then)) return;
-          break;
-        case Step::has_core:
-          w.core_since_ps = now();
-          w.step = w.then;
-          break;
-        case Step::execute:
-          if (!execute(w)) return;
-          break;
-        case Step::loaded:
-          if (!loaded(w)) return;
-          break;
         case Step::end:
           if (!end_task(w)) return;
-          break;
+          [[fallthrough]];
         case Step::bookkeep:
-          w.step = Step::yield_core;
           if (p_.gap_ps > 0) {
+            w.step = Step::yield_core;
             clock_.at(now() + p_.gap_ps, item(What::resume, w.number));
             return;
           }
-          break;
+          [[fallthrough]];
         case Step::yield_core:
-          w.step = Step::next_in_chain;
           if (p_.num_cores > 0 && !core_queue_.empty() && now() - w.core_since_ps >= p_.slice_ps) {
             give_core();
             if (!acquire_core(w, Step::next_in_chain)) return;
           }
-          break;
+          [[fallthrough]];
         case Step::next_in_chain:
-          next_in_chain(w);
-          break;
-        case Step::wait_in_chain: {
-          Layer& l = *layers_[w.layer];
-          if (is_ready(w, l, w.picks[w.current])) {
-            remove_held(w, 0);
-            w.step = Step::execute;
-          } else {
-            listen(w, l, &w.current, 1);
-            sleep(w, SleepsFor::inputs, false, Step::wait_in_chain);
+          if (!next_in_chain(w)) continue;
+          [[fallthrough]];
+        case Step::loop:
+          if (!choose(w)) {
+            if (w.step == Step::leave) continue;
             return;
           }
-          break;
+          [[fallthrough]];
+        case Step::execute:
+          if (!execute(w)) return;
+          [[fallthrough]];
+        case Step::loaded:
+          if (!loaded(w)) return;
+          w.step = Step::end;
+          continue;
+        case Step::enter:
+          if (!enter(w)) return;
+          continue;
+        case Step::start:
+          if (!acquire_core(w, Step::launch_queue)) return;
+          continue;
+        case Step::launch_queue:
+          w.step = Step::loop;
+          if (!launch_queue(w)) return;
+          continue;
+        case Step::get_core:
+          if (!acquire_core(w, w.then)) return;
+          continue;
+        case Step::has_core:
+          w.core_since_ps = now();
+          w.step = w.then;
+          continue;
+        case Step::wait_in_chain: {
+          Layer& l = *w.layer;
+          if (is_ready(w, l, pick_of(w, w.current))) {
+            remove_held(w, 0);
+            w.step = Step::execute;
+            continue;
+          }
+          listen(w, l, &w.current, 1);
+          sleep(w, SleepsFor::inputs, false, Step::wait_in_chain);
+          return;
         }
         case Step::leave:
           if (!leave(w)) return;
-          break;
+          continue;
         case Step::done:
           return;
       }
     }
   }
 
+  bool enter(Worker& w) {
+    w.more = true;
+    w.step = w.layer->number == 0 ? Step::start : Step::launch_queue;
+    if (w.layer->number > 0 || p_.start_ps[w.index] == 0) return true;
+    clock_.at(p_.start_ps[w.index], item(What::resume, w.number));
+    return false;
+  }
+
+  bool launch_queue(Worker& w) {
+    if (w.index != 0 || config_.queue != QueueKind::push) return true;
+    PushState& push = *w.layer->stages[w.pe].push;
+    if (push.first_ready.empty()) return true;
+    push.appending[w.index] = push.first_ready;
+    add_to_tail(w, false);
+    return false;
+  }
+
   //! Runs the oldest pick that is ready; without one takes another, if allowed; else waits for an input.
+  //! Returns whether there is one to run now.
   bool choose(Worker& w) {
-    Layer& l = *layers_[w.layer];
-    const u32 ready = oldest_ready(w, l);
-    if (ready != none) {
-      w.current = w.held[ready];
-      remove_held(w, ready);
-      const u32 row = w.picks[w.current].row;
-      w.chain_end = row + l.graph->chain_of(row);
-      w.step = Step::execute;
-    } else if (w.asking) {
-      sleep(w, SleepsFor::pick, runs_ahead(), Step::loop);
+    Layer& l = *w.layer;
+    for (;;) {
+      const u32 ready = w.num_held > 0 ? oldest_ready(w, l) : none;
+      if (ready != none) {
+        w.current = w.held[ready];
+        remove_held(w, ready);
+        const u32 row = pick_of(w, w.current).row;
+        w.chain_end = row + l.graph.chain_of(row);
+        return true;
+      }
+      if (w.asking) {
+        sleep(w, SleepsFor::pick, runs_ahead(), Step::loop);
+        return false;
+      }
+      if (w.more && may_take(w, l)) {
+        ask(w);
+        continue;
+      }
+      if (w.num_held > 0) {
+        listen(w, l, w.held, w.num_held);
+        sleep(w, SleepsFor::inputs, false, Step::loop);
+      } else {
+        w.step = Step::leave;
+      }
       return false;
-    } else if (w.more && may_take(w, l)) {
-      ask(w);
-    } else if (w.num_held > 0) {
-      listen(w, l, w.held, w.num_held);
-      sleep(w, SleepsFor::inputs, false, Step::loop);
-      return false;
-    } else {
-      w.step = Step::leave;
     }
-    return true;
   }
 
   bool execute(Worker& w) {
-    Layer& l = *layers_[w.layer];
-    Pick& pick = w.picks[w.current];
-    const TaskClass& c = l.graph->of(pick.row);
+    Layer& l = *w.layer;
+    Pick& pick = pick_of(w, w.current);
+    const TaskClass& c = l.graph.of(pick.row);
     w.start_ps = now();
     w.ready_ps = 0;
     for (u32 i = c.wait_begin; i < c.wait_end; ++i)
-      w.ready_ps = std::max(w.ready_ps, l.events[l.graph->waits[i]].seen_ps(w.number, w.domain));
-    if (is_pipelined(w.layer) && is_first_kind(c.kind))
+      w.ready_ps = std::max(w.ready_ps, l.events[l.graph.waits[i]].seen_ps(w.number, w.domain));
+    if (is_pipelined(w.layer->number) && is_first_kind(c.kind))
       w.ready_ps = std::max(w.ready_ps, l.events[l.stages[w.pe].entry].seen_ps(w.number, w.domain));
-    w.step = Step::loaded;
-    if (pick.cost.stream_bytes > 0 && pick.loaded_ps < 0) {
+    if (pick.loaded_ps < 0 && c.cost.stream_bytes > 0) {
       stream(w, w.current);
       w.awaited = w.current;
       sleep(w, SleepsFor::weights, true, Step::loaded);
@@ -964,7 +1002,7 @@ class Engine {
   }
 
   bool loaded(Worker& w) {
-    Pick& pick = w.picks[w.current];
+    Pick& pick = pick_of(w, w.current);
     if (p_.prefetch) {
       if (pick.row + 1 < w.chain_end) {
         w.following = hold(w, pick.row + 1, now());
@@ -972,37 +1010,38 @@ class Engine {
         fetch_ahead(w);
       }
     }
-    w.done_ps = std::max(now(), w.start_ps + pick.cost.compute_ps);
-    const i64 send_ps = layers_[w.layer]->graph->of(pick.row).before_jitter.send_ps;
-    const i64 end_ps = w.done_ps + pick.cost.overhead_ps + send_ps;
+    const TaskClass& c = w.layer->graph.of(pick.row);
+    const Cost costs = cost(w, pick, c);
+    w.done_ps = std::max(now(), w.start_ps + costs.compute_ps);
+    const i64 end_ps = w.done_ps + costs.overhead_ps + c.before_jitter.send_ps;
+    if (end_ps == now()) return true;
     w.step = Step::end;
-    if (end_ps > now()) {
-      clock_.at(end_ps, item(What::resume, w.number));
-      return false;
-    }
-    return true;
+    clock_.at(end_ps, item(What::resume, w.number));
+    return false;
   }
 
   bool end_task(Worker& w) {
-    Layer& l = *layers_[w.layer];
-    const Pick& pick = w.picks[w.current];
-    const TaskClass& c = l.graph->of(pick.row);
+    Layer& l = *w.layer;
+    const Pick& pick = pick_of(w, w.current);
+    const TaskClass& c = l.graph.of(pick.row);
     record(w, l, pick, c);
     const i64 far = now() + far_ps(w.pe), near = now() + near_ps(w.pe);
     for (u32 i = c.signal_begin; i < c.signal_end; ++i) {
-      const SignalTo& to = l.graph->signals[i];
+      const SignalTo& to = l.graph.signals[i];
       if (to.pe == w.pe) {
-        signal(w.layer, to.event, w.number, w.domain, far, near);
+        signal(l, to.event, w.number, w.domain, far, near);
       } else {
-        put(w.layer, w.pe, to);
+        put(l, w.pe, to);
       }
     }
-    if (c.signal_begin == c.signal_end && w.layer + 1 < config_.num_layers && is_pipelined(w.layer + 1)) {
+    if (c.signal_begin == c.signal_end && l.number + 1 < config_.num_layers && is_pipelined(l.number + 1)) {
       // the output is part of the next layer's input
-      signal(w.layer + 1, layer(w.layer + 1).stages[w.pe].entry, w.number, w.domain, far, near);
+      Layer& next = layer(l.number + 1);
+      signal(next, next.stages[w.pe].entry, w.number, w.domain, far, near);
     }
+    if (config_.queue != QueueKind::push || !completed(w, l, c)) return true;
     w.step = Step::bookkeep;
-    return config_.queue != QueueKind::push || !completed(w, l, c);
+    return false;
   }
 
   void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c) {
@@ -1026,13 +1065,13 @@ class Engine {
     if (++total_done_ % progress_step == 0 && config_.progress) config_.progress(total_done_);
   }
 
-  void next_in_chain(Worker& w) {
-    const u32 row = w.picks[w.current].row;
-    w.picks[w.current].used = false;
+  //! Returns whether the chain is at its end.
+  bool next_in_chain(Worker& w) {
+    const u32 row = pick_of(w, w.current).row;
+    w.used_picks &= ~(1u << w.current);
     if (row + 1 >= w.chain_end) {
       w.current = no_pick;
-      w.step = Step::loop;
-      return;
+      return true;
     }
     w.current = w.following != no_pick ? w.following : hold(w, row + 1, now());
     w.following = no_pick;
@@ -1040,39 +1079,36 @@ class Engine {
     w.held[0] = w.current;
     ++w.num_held;
     w.step = Step::wait_in_chain;
+    return false;
   }
 
   //! On to the next layer, or the end. Nobody knows before the plan that there is nothing left to do.
   bool leave(Worker& w) {
-    const u32 number = w.layer, next = w.layer + 1;
+    Layer& l = *w.layer;
+    const u32 next = l.number + 1;
     if (next == config_.num_layers) {
       give_core();
       w.step = Step::done;
-      left(number);
+      left(l.number);
       return false;
     }
-    if (is_launch(next)) {
+    const bool is_launched = is_launch(next);
+    if (is_launched) {
       give_core();
-      ++w.layer;
-      layer(next);
-      Stage& stage = layers_[next]->stages[w.pe];
-      stage.launched.push_back(w.number);
-      if (stage.launched.size() == p_.num_workers) clock_.at_once(item(What::launch, w.pe, next));
-      w.more = true;
-      left(number);
-      return false;
-    }
-    Layer& l = *layers_[number];
-    if (!sees(w, l, l.stages[w.pe].planned)) {
+    } else if (!sees(w, l, l.stages[w.pe].planned)) {
       listen_to(w, l, l.stages[w.pe].planned);
       sleep(w, SleepsFor::inputs, false, Step::leave);
       return false;
     }
-    ++w.layer;
+    w.layer = &layer(next);
+    w.more = true;
     w.step = Step::enter;
-    layer(next);
-    left(number);
-    return true;
+    left(l.number);
+    if (!is_launched) return true;
+    Stage& stage = w.layer->stages[w.pe];
+    stage.launched.push_back(w.number);
+    if (stage.launched.size() == p_.num_workers) clock_.at_once(item(What::launch, w.pe, next));
+    return false;
   }
 
   // --- the end
@@ -1092,17 +1128,17 @@ class Engine {
       if (w.step == Step::done || (!waits_for_slot && w.sleeps_for != SleepsFor::inputs)) continue;
       ++result_.num_stuck;
       if (result_.stuck.size() == named_stuck) continue;
-      Stuck stuck{w.pe, w.index, w.layer, w.waits_for_slot, {}};
-      const Layer& l = *layers_[w.layer];
+      Stuck stuck{w.pe, w.index, w.layer->number, w.waits_for_slot, {}};
+      const Layer& l = *w.layer;
       for (u32 i = 0; i < w.num_held && !waits_for_slot; ++i) {
-        const Pick& pick = w.picks[w.held[i]];
-        const TaskClass& c = l.graph->of(pick.row);
+        const Pick& pick = pick_of(w, w.held[i]);
+        const TaskClass& c = l.graph.of(pick.row);
         auto name = [&](u32 event) {
           const EventState& e = l.events[event];
           if (!sees(w, l, event)) stuck.inputs.push_back(Stuck::Input{pick.row, event, e.count, e.target});
         };
         if (pick.before != none) name(pick.before);
-        for (u32 j = pick.next_wait; j < c.wait_end; ++j) name(l.graph->waits[j]);
+        for (u32 j = pick.next_wait; j < c.wait_end; ++j) name(l.graph.waits[j]);
       }
       result_.stuck.push_back(std::move(stuck));
     }
@@ -1121,7 +1157,10 @@ class Engine {
   Links links_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<Channel> channels_;
+  std::vector<i64> next_of_channel_;  // their next_ps(), side by side
   std::vector<Worker> workers_;
+  std::vector<Pick> picks_;  // [worker][picks_a_worker_]
+  u32 picks_a_worker_ = 0;
   bool shares_channel_ = false;
   i64 channel_ps_ = never;
   u32 first_channel_ = 0;

@@ -3,7 +3,6 @@
 #pragma once
 #include <deque>
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -53,7 +52,7 @@ struct RunConfig {
   bool pipelined;  // one launch runs all layers
   i64 gap_ps;      // else: dense compute between two layers
   bool keep_records;
-  std::function<std::unique_ptr<LayerGraph>(u32 layer)> make_layer;
+  std::function<LayerGraph(u32 layer)> make_layer;
   std::function<void(u64 tasks_done)> progress;  // called now and then; may throw to stop
 };
 

@@ -23,7 +23,9 @@ struct TaskClass {
   u32 kind;
   u32 wait_begin, wait_end;      // in LayerGraph::waits
   u32 signal_begin, signal_end;  // in LayerGraph::signals
-  u64 weight_bytes, link_bytes;
+  u64 weight_bytes, link_bytes;  // of one task
+  u64 count;                     // tasks
+  u32 first_row;                 // one of them
 };
 
 //! Which picks there are: rows by rank, or for replay rows by worker.
@@ -72,12 +74,21 @@ struct LayerGraph {
     classes.push_back(c);
     return static_cast<u32>(classes.size() - 1);
   }
+
+  //! The next `count` rows are of a class.
+  void add_rows(u32 pe, u32 number, u32 count) {
+    TaskClass& c = classes[number];
+    if (c.count == 0) c.first_row = num_tasks();
+    c.count += count;
+    outputs[pe] += c.signal_begin == c.signal_end ? count : 0;
+    class_of.insert(class_of.end(), count, number);
+  }
 };
 
 //! The layer of a plan: the shared task graph is asked once for each class.
 class GraphBuilder {
  public:
-  static LayerGraph build(LayerPlan& plan, const Parameters& p) { return GraphBuilder(plan, p).graph_; }
+  static LayerGraph build(LayerPlan& plan, const Parameters& p) { return std::move(GraphBuilder(plan, p).graph_); }
 
   //! Fills in the picks in a built-in order.
   static void rank(LayerGraph& graph, LayerPlan& plan, Order order) {
@@ -85,8 +96,15 @@ class GraphBuilder {
       plan.rank_experts(tasks.pe, order);
       const PickOrder picks(tasks, order);
       const u32 shift = graph.first[tasks.pe] - graph.first_id[tasks.pe];  // wraps where ids are above rows
+      // the tiles of an expert block follow each other, in every order: only their ends are looked up
+      const u32 step = std::max(1u, std::min(tasks.up_per_block(), tasks.down_per_block()));
       std::vector<u32> rows(picks.size());
-      for (u32 rank = 0; rank < rows.size(); ++rank) rows[rank] = picks[rank] + shift;
+      for (u32 rank = 0; rank < rows.size();) {
+        const u32 row = picks[rank] + shift;
+        const u32 last = rank + step - 1;
+        const u32 count = last < rows.size() && picks[last] + shift == row + step - 1 ? step : 1;
+        for (u32 i = 0; i < count; ++i) rows[rank++] = row + i;
+      }
       graph.picks.by_rank.push_back(std::move(rows));
     }
   }
@@ -126,9 +144,9 @@ class GraphBuilder {
   //! `count` tasks in a row, of which only the last may be of another size.
   void add_tiles(const TaskGraph& g, u32 id, u32 count) {
     const u32 all = add_class(g, id);
-    graph_.class_of.insert(graph_.class_of.end(), count, all);
-    if (count > 1 && is_smaller(g, id + count - 1, all)) graph_.class_of.back() = add_class(g, id + count - 1);
-    for (u32 i = 0; i < count; ++i) count_output(g.pe, graph_.class_of[graph_.class_of.size() - count + i]);
+    const bool last_differs = count > 1 && is_smaller(g, id + count - 1, all);
+    graph_.add_rows(g.pe, all, count - (last_differs ? 1 : 0));
+    if (last_differs) graph_.add_rows(g.pe, add_class(g, id + count - 1), 1);
   }
 
   //! down="rows": for each tile of the output, one task an active expert.
@@ -143,9 +161,8 @@ class GraphBuilder {
     graph_.chain.resize(graph_.class_of.size(), 1);
     for (u32 tile = 0; tile < tiles; ++tile) {
       for (u32 place = 0; place < active; ++place) {
-        graph_.class_of.push_back(tile + 1 < tiles ? full[place] : last[place]);
+        graph_.add_rows(g.pe, tile + 1 < tiles ? full[place] : last[place], 1);
         graph_.chain.push_back(g.chain(g.first_down() + place));
-        count_output(g.pe, graph_.class_of.back());
       }
     }
     graph_.chain.resize(graph_.class_of.size() + g.num_combine(), 1);
@@ -153,11 +170,6 @@ class GraphBuilder {
 
   bool is_smaller(const TaskGraph& g, u32 id, u32 other) const {
     return work_of(g, g.decode(id)).weight_bytes < graph_.classes[other].weight_bytes;
-  }
-
-  void count_output(u32 pe, u32 number) {
-    const TaskClass& c = graph_.classes[number];
-    graph_.outputs[pe] += c.signal_begin == c.signal_end ? 1 : 0;
   }
 
   u32 add_class(const TaskGraph& g, u32 id) {

@@ -20,17 +20,25 @@ inline i64 ceil_ps(double ps) {
 
 class Channel {
  public:
-  //! rates[n]: of each of n streams [bytes/ps].
-  explicit Channel(const double* rates) : rates_(rates) {}
+  //! rates[n]: of each of n streams [bytes/ps], n up to max_streams.
+  Channel(const double* rates, u32 max_streams) : rates_(rates), streams_(2 * std::size_t{max_streams} + 1) {}
 
-  u32 num_streams() const { return static_cast<u32>(streams_.size()); }
+  u32 num_streams() const { return end_ - first_; }
+  //! Whose stream ends next, if there is one.
+  u32 first_worker() const { return streams_[first_].worker; }
   //! When the next stream ends, or never.
   i64 next_ps() const { return next_ps_; }
 
   void start(i64 now_ps, double num_bytes, u32 worker) {
     advance(now_ps);
-    streams_.push_back(Stream{clock_ + num_bytes, sequence_++, worker});
-    std::push_heap(streams_.begin(), streams_.end(), Later{});
+    // Streams of about one size end about in the order in which they start, so few have to move on; a heap takes
+    // log n steps, mostly mispredicted, for each that ends.
+    if (end_ == streams_.size()) move_to_front();
+    const double end = clock_ + num_bytes;
+    Stream* const first = streams_.data() + first_;
+    Stream* place = streams_.data() + end_++;
+    for (; place != first && place[-1].end > end; --place) *place = place[-1];
+    *place = Stream{end, worker};
     change_rate(now_ps);
   }
 
@@ -38,30 +46,25 @@ class Channel {
   void finish(i64 now_ps, std::vector<u32>& workers) {
     advance(now_ps);
     // rounding leaves the clock a hair before the end that next_ps was computed for
-    clock_ = std::max(clock_, streams_.front().end);
-    while (!streams_.empty() && streams_.front().end <= clock_) {
-      workers.push_back(streams_.front().worker);
-      std::pop_heap(streams_.begin(), streams_.end(), Later{});
-      streams_.pop_back();
-    }
+    clock_ = std::max(clock_, streams_[first_].end);
+    while (first_ != end_ && streams_[first_].end <= clock_) workers.push_back(streams_[first_++].worker);
     change_rate(now_ps);
   }
 
  private:
   struct Stream {
     double end;  // what the clock shows then [bytes]
-    u32 sequence;
     u32 worker;
   };
-  struct Later {
-    bool operator()(const Stream& a, const Stream& b) const {
-      // sequence numbers wrap; streams in flight are far fewer than 2^31
-      return a.end > b.end || (a.end == b.end && static_cast<std::int32_t>(a.sequence - b.sequence) > 0);
-    }
-  };
+
+  void move_to_front() {
+    std::copy(streams_.begin() + first_, streams_.begin() + end_, streams_.begin());
+    end_ -= first_;
+    first_ = 0;
+  }
 
   void advance(i64 now_ps) {
-    if (streams_.empty()) {
+    if (first_ == end_) {
       clock_ = 0.0;
     } else {
       clock_ += rate_ * static_cast<double>(now_ps - last_ps_);
@@ -70,20 +73,20 @@ class Channel {
   }
 
   void change_rate(i64 now_ps) {
-    if (streams_.empty()) {
+    if (first_ == end_) {
       next_ps_ = never;
       return;
     }
-    rate_ = rates_[streams_.size()];
-    next_ps_ = now_ps + std::max(i64{0}, ceil_ps((streams_.front().end - clock_) / rate_));
+    rate_ = rates_[end_ - first_];
+    next_ps_ = now_ps + std::max(i64{0}, ceil_ps((streams_[first_].end - clock_) / rate_));
   }
 
   const double* rates_;
-  std::vector<Stream> streams_;
+  std::vector<Stream> streams_;  // [first_, end_) by their ends; those that end together in the order of their starts
+  u32 first_ = 0, end_ = 0;
   double clock_ = 0.0;  // [bytes]
   double rate_ = 0.0;   // of the clock [bytes/ps]
   i64 last_ps_ = 0, next_ps_ = never;
-  u32 sequence_ = 0;
 };
 
 }  // namespace flashmoe::engine
