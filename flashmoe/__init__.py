@@ -14,6 +14,7 @@ from flashmoe.compare import compare
 from flashmoe.hw import Layer, run
 from flashmoe.machine import Machine
 from flashmoe.model import MoEModel
+from flashmoe.placement import Placement
 from flashmoe.policy import Policy, policy
 from flashmoe.routing import Routing
 from flashmoe.sim import evaluate, simulate
@@ -27,6 +28,7 @@ __all__ = [
     "Layer",
     "Machine",
     "MoEModel",
+    "Placement",
     "Policy",
     "Routing",
     "TaskTable",

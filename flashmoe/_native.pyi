@@ -1,5 +1,6 @@
 """Types of the native module, hip_src/bindings/module.cpp."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -91,3 +92,25 @@ class CpuLayer:
     def traces(self) -> list[np.ndarray[Any, Any]]: ...
     def drops(self) -> int: ...
     def routing(self, pe: int, num_tokens: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+
+class LayerSource:
+    ids_by_rank: list[list[int]]
+    ids_by_worker: list[list[list[int]]]
+
+class RoutedLayer(LayerSource):
+    def __init__(self, shape: Shape, tiling: Tiling, topk_idx: list[NDArray[np.int32]], gate_inside: bool) -> None: ...
+
+class ListedLayer(LayerSource):
+    def __init__(self, table: dict[str, Any]) -> None: ...
+
+def run_layers(
+    parameters: dict[str, Any],
+    layers: list[LayerSource],
+    queue: int,
+    order: int | None,
+    look_ahead: int,
+    gap_ps: int | None,
+    keep_records: bool,
+    with_bounds: bool,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Any]: ...

@@ -1,21 +1,28 @@
-"""Which experts each token of each PE goes to: synthetic families, recorded files, and their skew."""
+"""Which experts each token of each PE goes to: drawn or recorded, for one layer or several, and its skew."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flashmoe import families, recorded
+from flashmoe.counts import expand_counts
 from flashmoe.model import MoEModel
+from flashmoe.placement import Placement
+from flashmoe.recorded import Tokens, equal_weights
 
-FORMS = "uniform, zipf:S, dirichlet:A, hot:N, one, FILE.npz"
+FORMS = (
+    f"{families.FAMILY_FORMS}, {', '.join(f'FILE{suffix}' for suffix in recorded.SUFFIXES)}, FILE:LAYER, any@PLACEMENT"
+)
+_FILE = re.compile(rf"(?P<path>.+(?:{'|'.join(map(re.escape, recorded.SUFFIXES))}))(?::(?P<layer>\d+))?")
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one bool; compare digests
@@ -56,8 +63,7 @@ class Routing:
 
         num_tokens: per PE, one number for all or ep_size numbers; the same for every family.
         """
-        popularity = np.ones(model.num_experts)
-        return cls._drawn(model, num_tokens, ep_size, seed, popularity, "uniform")
+        return cls._drawn(families.uniform(), model, num_tokens, ep_size, seed)[0]
 
     @classmethod
     def zipf(
@@ -73,11 +79,7 @@ class Routing:
 
         Which expert has which rank is drawn from the seed: in trained layers popular experts lie scattered.
         """
-        if not 0 <= exponent < np.inf:
-            raise ValueError(f"exponent={exponent} (must be finite and at least 0)")
-        rank = _family_rng(seed).permutation(model.num_experts) + 1
-        popularity = np.power(rank, -float(exponent), dtype=np.float64)
-        return cls._drawn(model, num_tokens, ep_size, seed, popularity, f"zipf:{exponent:g}")
+        return cls._drawn(families.zipf(exponent), model, num_tokens, ep_size, seed)[0]
 
     @classmethod
     def dirichlet(
@@ -90,21 +92,14 @@ class Routing:
         alpha: float = 1.0,
     ) -> Routing:
         """Popularity is one draw for all PEs from a symmetric Dirichlet(alpha): small alpha, large skew."""
-        if not 0 < alpha < np.inf:
-            raise ValueError(f"alpha={alpha} (must be finite and above 0)")
-        popularity = _family_rng(seed).dirichlet(np.full(model.num_experts, float(alpha)))
-        return cls._drawn(model, num_tokens, ep_size, seed, popularity, f"dirichlet:{alpha:g}")
+        return cls._drawn(families.dirichlet(alpha), model, num_tokens, ep_size, seed)[0]
 
     @classmethod
     def hot(
         cls, model: MoEModel, num_tokens: int | Sequence[int], ep_size: int, seed: int = 0, *, num_hot: int
     ) -> Routing:
         """All tokens choose among the same num_hot experts, which are drawn from the seed."""
-        if not model.top_k <= num_hot <= model.num_experts:
-            raise ValueError(f"num_hot={num_hot} (must be in top_k={model.top_k}..num_experts={model.num_experts})")
-        popularity = np.zeros(model.num_experts)
-        popularity[_family_rng(seed).permutation(model.num_experts)[:num_hot]] = 1.0
-        return cls._drawn(model, num_tokens, ep_size, seed, popularity, f"hot:{num_hot}")
+        return cls._drawn(families.hot(num_hot), model, num_tokens, ep_size, seed)[0]
 
     @classmethod
     def one(cls, model: MoEModel, num_tokens: int | Sequence[int], ep_size: int, seed: int = 0) -> Routing:
@@ -112,37 +107,56 @@ class Routing:
 
         seed: unused; here so that all families are called alike.
         """
-        counts = _counts(model, num_tokens, ep_size)
-        chosen = np.arange(model.top_k, dtype=np.int32)
-        idx = tuple(np.tile(chosen, (count, 1)) for count in counts)
-        weights = tuple(np.full((count, model.top_k), 1 / model.top_k, dtype=np.float32) for count in counts)
-        return cls(idx, weights, model.num_experts, "one")
+        counts = _tokens_per_pe(model, num_tokens, ep_size)
+        idx = np.tile(np.arange(model.top_k, dtype=np.int32), (sum(counts), 1))
+        return cls._cut(idx, equal_weights(idx), counts, model.num_experts, "one")
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: ArrayLike,
+        model: MoEModel,
+        num_tokens: int | Sequence[int],
+        ep_size: int,
+        seed: int | np.random.SeedSequence = 0,
+        name: str = "counts",
+    ) -> Routing:
+        """Tokens at random among all that choose the experts in proportion to counts, with equal weights.
+
+        counts: (num_experts,) how many tokens chose each expert. Where they are a table for just this number of
+        tokens, the load is exactly that; else it is the table scaled, with at most one slot a token for an expert.
+        Raises: ValueError naming the counts that do not fit.
+        """
+        table = np.asarray(counts)
+        if table.shape != (model.num_experts,):
+            raise ValueError(f"counts have shape {table.shape} (must be ({model.num_experts},), one an expert)")
+        per_pe = _tokens_per_pe(model, num_tokens, ep_size)
+        stream = families.seeds(seed) if isinstance(seed, int) else seed
+        idx = expand_counts(table, sum(per_pe), model.top_k, np.random.default_rng(stream))
+        return cls._cut(idx, equal_weights(idx), per_pe, model.num_experts, name)
 
     @classmethod
     def _drawn(
         cls,
+        family: families.Family,
         model: MoEModel,
         num_tokens: int | Sequence[int],
         ep_size: int,
         seed: int,
-        popularity: NDArray[np.float64],
-        name: str,
+        num_layers: int = 1,
+        correlation: float = 0.0,
+    ) -> list[Routing]:
+        counts = _tokens_per_pe(model, num_tokens, ep_size)
+        drawn = families.draw_layers(family, model, counts, seed, num_layers, correlation)
+        return [cls(tuple(idx), tuple(weights), model.num_experts, family.name) for idx, weights in drawn]
+
+    @classmethod
+    def _cut(
+        cls, idx: NDArray[Any], weights: NDArray[Any], num_tokens: Sequence[int], num_experts: int, name: str
     ) -> Routing:
-        # The top-k of log p + Gumbel noise are k draws without replacement, in order, with probabilities p
-        # (Kool et al. 2019, arXiv:1903.06059); the softmax over those k scores is the router's own weighting.
-        counts = _counts(model, num_tokens, ep_size)
-        with np.errstate(divide="ignore"):
-            log_popularity = np.log(popularity)  # -inf: never chosen
-        # One stream per PE, row by row: a token keeps its experts when tokens or PEs are added.
-        idx, weights = [], []
-        for count, stream in zip(counts, _seeds(seed).spawn(ep_size), strict=True):
-            scores = log_popularity + np.random.default_rng(stream).gumbel(size=(count, model.num_experts))
-            chosen = np.argsort(-scores, axis=1, kind="stable")[:, : model.top_k]
-            top_scores = np.take_along_axis(scores, chosen, axis=1)
-            top = np.exp(top_scores - top_scores[:, :1])
-            idx.append(chosen.astype(np.int32))
-            weights.append((top / top.sum(axis=1, keepdims=True)).astype(np.float32))
-        return cls(tuple(idx), tuple(weights), model.num_experts, name)
+        """idx, weights: (num_tokens, top_k) of all PEs, one after the other."""
+        cuts = np.cumsum(num_tokens)[:-1]
+        return cls(tuple(np.split(idx, cuts)), tuple(np.split(weights, cuts)), num_experts, name)
 
     # ---- text and files
 
@@ -154,53 +168,82 @@ class Routing:
         num_tokens: int | Sequence[int] | None = None,
         ep_size: int | None = None,
         seed: int = 0,
+        *,
+        default: tuple[int | None, int | None] = (None, None),
     ) -> Routing:
-        """Make the routing that a short text names: uniform, zipf:S, dirichlet:A, hot:N, one or FILE.npz.
+        """Make the routing of one layer that a short text names: see `layers`.
 
-        A file brings its own num_tokens and ep_size; where they are given too, they must agree.
+        Raises: as `layers` does; and for a file with several layers without FILE:LAYER.
+        """
+        layers = cls.layers(text, model, num_tokens, ep_size, seed, default=default)
+        if len(layers) > 1:
+            raise ValueError(f"{text} has {len(layers)} layers (accepted for one layer: FILE:LAYER)")
+        return layers[0]
+
+    @classmethod
+    def layers(
+        cls,
+        text: str,
+        model: MoEModel,
+        num_tokens: int | Sequence[int] | None = None,
+        ep_size: int | None = None,
+        seed: int = 0,
+        *,
+        num_layers: int | None = None,
+        correlation: float = 0.0,
+        default: tuple[int | None, int | None] = (None, None),
+    ) -> list[Routing]:
+        """Make the routings that a short text names, one a layer, for the same tokens.
+
+        text: uniform, zipf:S, dirichlet:A, hot:N, one: as the classmethods draw them.
+            FILE.npz, .jsonl, .json, .csv, .npy or .pt, FILE:LAYER for one layer of it: see flashmoe.recorded. Recorded
+            tokens bring their number and mostly their PEs, and what is given too must agree. Those that name no PE are
+            dealt to ep_size PEs in contiguous blocks, evenly (the first PEs take the odd ones) or, where
+            num_tokens is given, so many a PE and no more. Count tables are expanded by `from_counts`.
+            TEXT@PLACEMENT: any of these with its experts placed, see flashmoe.placement.
+        num_layers: None: one of a family, all of a file; else so many, of a file the first ones.
+        correlation: c in 0..1, of families. From layer to layer the experts are renamed at random, their
+            popularity with them. A token's score for an expert, log popularity + Gumbel noise, becomes
+            max(its score in the layer before + log c, a fresh score + log(1 - c)). So each layer by itself is a draw
+            of the family, and a token's first choice is with probability c that of the layer before, renamed, and
+            else a fresh one. 1: the same choices but for the names, so tokens that met in an expert meet again.
+            0: no layer knows of another. `one` is the same in all layers.
+        default: num_tokens and ep_size where neither the caller nor a file says them.
         Raises: ValueError naming the text and the accepted forms, or what does not fit the model.
         """
-        if text.endswith(".npz"):
-            routing = cls.load(text)
-            routing.check(model)
-            if ep_size is not None and ep_size != routing.ep_size:
-                raise ValueError(f"ep_size={ep_size}, but {text} is for {routing.ep_size} PEs")
-            if num_tokens is not None and _counts(model, num_tokens, routing.ep_size) != routing.num_tokens:
-                raise ValueError(f"num_tokens={num_tokens}, but {text} has {list(routing.num_tokens)}")
-            return routing
-        family, colon, value = text.partition(":")
-        if family not in ("uniform", "zipf", "dirichlet", "hot", "one"):
-            raise ValueError(f"routing {text!r} is unknown (accepted: {FORMS})")
-        if num_tokens is None or ep_size is None:
-            raise ValueError(f"routing {text!r} needs num_tokens and ep_size (only a file brings its own)")
-        if family in ("uniform", "one"):
-            if colon:
-                raise ValueError(f"routing {text!r}: {family} takes no value (accepted: {FORMS})")
-            make = cls.uniform if family == "uniform" else cls.one
-            return make(model, num_tokens, ep_size, seed)
-        try:
-            number = int(value) if family == "hot" else float(value)
-        except ValueError:
-            wanted = "an integer" if family == "hot" else "a number"
-            raise ValueError(f"routing {text!r}: {value!r} is not {wanted} (accepted: {FORMS})") from None
-        if family == "zipf":
-            return cls.zipf(model, num_tokens, ep_size, seed, exponent=number)
-        if family == "dirichlet":
-            return cls.dirichlet(model, num_tokens, ep_size, seed, alpha=number)
-        return cls.hot(model, num_tokens, ep_size, seed, num_hot=int(number))
+        if num_layers is not None and num_layers < 1:
+            raise ValueError(f"num_layers={num_layers} (must be at least 1)")
+        if not 0 <= correlation <= 1:
+            raise ValueError(f"correlation={correlation} (must be in 0..1)")
+        text, at, placement = _split_placement(text)
+        sizes = _Sizes(text, model, num_tokens, ep_size, default)
+        if file := _FILE.fullmatch(text):
+            if correlation:
+                raise ValueError(f"correlation={correlation}, but {text} has its own layers (must be 0)")
+            routings = _from_file(file["path"], file["layer"], sizes, seed, num_layers)
+        else:
+            family = families.parse_family(text, FORMS)
+            if family is None:
+                routings = [cls.one(model, *sizes.needed(), seed)] * (num_layers or 1)
+            else:
+                routings = cls._drawn(family, model, *sizes.needed(), seed, num_layers or 1, correlation)
+        if not at:
+            return routings
+        placements = Placement.for_layers(placement, routings, seed)
+        return [routing.placed(where) for routing, where in zip(routings, placements, strict=True)]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write an .npz file: topk_idx and topk_weights with the PEs' tokens one after the other,
         num_tokens (ep_size,), num_experts, name."""
-        with open(path, "wb") as file:  # a name would get .npz appended
-            np.savez_compressed(
-                file,
-                topk_idx=np.concatenate(self.topk_idx),
-                topk_weights=np.concatenate(self.topk_weights),
-                num_tokens=np.array(self.num_tokens, dtype=np.int64),
-                num_experts=np.int64(self.num_experts),
-                name=np.array(self.name),
-            )
+        recorded.write(path, [self])
+
+    @staticmethod
+    def save_layers(path: str | PathLike[str], layers: Sequence[Routing]) -> None:
+        """Write several layers of the same tokens into one .npz, which parse and layers read.
+
+        Raises: ValueError when they differ in tokens, top_k or experts.
+        """
+        recorded.write(path, layers)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Routing:
@@ -208,25 +251,13 @@ class Routing:
 
         Raises: ValueError naming the file and what is missing or does not fit.
         """
-        wanted = ("topk_idx", "topk_weights", "num_tokens", "num_experts")
+        tokens, *others = recorded.read_saved(path)
+        if others:
+            raise ValueError(f"{path} has {1 + len(others)} layers (Routing.layers reads them)")
         try:
-            with open(path, "rb") as file:
-                if not zipfile.is_zipfile(file):  # numpy would take it for a pickle
-                    raise ValueError("not an npz file")
-                with np.load(file) as arrays:
-                    missing = [key for key in wanted if key not in arrays]
-                    if missing:
-                        raise ValueError(f"no {', '.join(missing)}; needs {', '.join(wanted)}")
-                    idx, weights, num_tokens, num_experts = (arrays[key] for key in wanted)
-                    name = str(arrays["name"]) if "name" in arrays else Path(path).stem
-            if num_tokens.ndim != 1 or not len(idx) == len(weights) == num_tokens.sum():
-                raise ValueError(
-                    f"num_tokens={num_tokens.tolist()} does not add up to the {len(idx)} rows of topk_idx "
-                    f"and {len(weights)} of topk_weights"
-                )
-            cuts = np.cumsum(num_tokens)[:-1]
-            return cls(tuple(np.split(idx, cuts)), tuple(np.split(weights, cuts)), int(num_experts), name)
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            counts, experts = tokens.num_tokens or (), tokens.num_experts or 0
+            return cls._cut(tokens.topk_idx, tokens.topk_weights, counts, experts, tokens.name or Path(path).stem)
+        except ValueError as error:
             raise ValueError(f"cannot read a routing from {path} ({error})") from error
 
     # ---- what executors and people ask
@@ -259,13 +290,25 @@ class Routing:
         chosen = np.concatenate([idx.ravel() for idx in self.topk_idx])
         return np.bincount(chosen[chosen >= 0], minlength=self.num_experts).astype(np.int64)
 
-    def skew(self) -> dict[str, float]:
-        """Return how unevenly the experts are loaded.
+    def pe_load(self) -> NDArray[np.int64]:
+        """Return (ep_size,) how many slots of tokens each PE's experts work on: expert_load, added up.
 
-        cv: standard deviation over mean; max_over_mean; gini: 0 even .. 1 - 1/num_experts all on one;
-        entropy [bits]: log2(num_experts) even .. 0 all on one. No tokens at all count as even.
+        Raises: ValueError when the number of PEs does not divide the experts.
         """
-        load = np.sort(self.expert_load()).astype(np.float64)
+        if self.num_experts % self.ep_size:
+            raise ValueError(f"ep_size={self.ep_size} (must divide num_experts={self.num_experts})")
+        load: NDArray[np.int64] = self.expert_load().reshape(self.ep_size, -1).sum(axis=1)
+        return load
+
+    def skew(self, of: Literal["experts", "pes"] = "experts") -> dict[str, float]:
+        """Return how unevenly the n experts, or the n PEs, are loaded.
+
+        cv: standard deviation over mean; max_over_mean; gini: 0 even .. 1 - 1/n all on one;
+        entropy [bits]: log2(n) even .. 0 all on one. No tokens at all count as even.
+        """
+        if of not in ("experts", "pes"):
+            raise ValueError(f"of={of!r} (accepted: experts, pes)")
+        load = np.sort(self.expert_load() if of == "experts" else self.pe_load()).astype(np.float64)
         if not load.any():
             load[:] = 1.0
         share = load / load.sum()
@@ -278,6 +321,34 @@ class Routing:
             "gini": float((rank * share).sum() / len(share)),
             "entropy": float((used * np.log2(1 / used)).sum()),
         }
+
+    def describe_skew(self) -> str:
+        """Return one line for people: skew() of the experts and, where there are several PEs, of the PEs."""
+        parts = []
+        for of, count in (("experts", self.num_experts), ("pes", self.ep_size)):
+            if of == "pes" and (count == 1 or self.num_experts % count):
+                continue
+            skew = self.skew("experts" if of == "experts" else "pes")
+            parts.append(
+                f"load of the {count} {'experts' if of == 'experts' else 'PEs'}: CV {skew['cv']:.2f}, "
+                f"max/mean {skew['max_over_mean']:.2f}, Gini {skew['gini']:.2f}, "
+                f"entropy {skew['entropy']:.2f} of {np.log2(count):.2f} bits"
+            )
+        return "; ".join(parts)
+
+    def placed(self, placement: Placement) -> Routing:
+        """Return the same tokens with each expert renamed to its slot, so that it lives on the slot's PE.
+
+        The name gets "@" and the placement's, which parse understands; linear changes nothing.
+        Raises: ValueError when the placement is for another number of experts.
+        """
+        if placement.num_experts != self.num_experts:
+            raise ValueError(f"placement is for {placement.num_experts} experts (the routing has {self.num_experts})")
+        if placement == Placement.linear(placement.num_experts):
+            return self
+        slots = np.array([*placement.permutation, -1])  # a dropped slot's -1 finds the last entry
+        idx = tuple(slots[experts] for experts in self.topk_idx)
+        return Routing(idx, self.topk_weights, self.num_experts, f"{self.name}@{placement.name}")
 
     def check(self, model: MoEModel) -> None:
         """Raise ValueError when num_experts, top_k or the number of PEs does not fit the model."""
@@ -321,7 +392,7 @@ def _checked_weights(array: ArrayLike, pe: int, idx: NDArray[np.int32]) -> NDArr
     return weights
 
 
-def _counts(model: MoEModel, num_tokens: int | Sequence[int], ep_size: int) -> tuple[int, ...]:
+def _tokens_per_pe(model: MoEModel, num_tokens: int | Sequence[int], ep_size: int) -> tuple[int, ...]:
     model.experts_per_pe(ep_size)
     counts: Any = np.asarray(num_tokens)
     if counts.ndim == 0:
@@ -331,12 +402,84 @@ def _counts(model: MoEModel, num_tokens: int | Sequence[int], ep_size: int) -> t
     return tuple(int(count) for count in counts)
 
 
-def _seeds(seed: int) -> np.random.SeedSequence:
-    if seed < 0:
-        raise ValueError(f"seed={seed} (must be at least 0)")
-    return np.random.SeedSequence(seed)
+# ---- from text and files
 
 
-def _family_rng(seed: int) -> np.random.Generator:
-    """What all PEs share; the PEs' own streams are spawned children and so independent of it."""
-    return np.random.default_rng(_seeds(seed))
+@dataclass(frozen=True)
+class _Sizes:
+    """What a text and its caller say of the number of tokens and PEs."""
+
+    text: str
+    model: MoEModel
+    num_tokens: int | Sequence[int] | None
+    ep_size: int | None
+    default: tuple[int | None, int | None]
+
+    def needed(self) -> tuple[int | Sequence[int], int]:
+        """Tokens and PEs, of a text that brings neither."""
+        num_tokens = self.default[0] if self.num_tokens is None else self.num_tokens
+        if num_tokens is None or self.needed_ep_size is None:
+            raise ValueError(f"routing {self.text!r} needs num_tokens and ep_size (only recorded tokens bring them)")
+        return num_tokens, self.needed_ep_size
+
+    @property
+    def needed_ep_size(self) -> int | None:
+        return self.default[1] if self.ep_size is None else self.ep_size
+
+    def per_pe(self, tokens: Tokens) -> tuple[int, ...]:
+        """Tokens of each PE, of the first of these tokens: all of them unless the file names no PEs."""
+        found = tokens.num_tokens
+        if found is None:
+            if (ep_size := self.needed_ep_size) is None:
+                raise ValueError(f"routing {self.text!r} names no PEs and needs ep_size")
+            self.model.experts_per_pe(ep_size)
+            if self.num_tokens is None:
+                each, odd = divmod(len(tokens.topk_idx), ep_size)
+                return tuple(each + (pe < odd) for pe in range(ep_size))
+            wanted = _tokens_per_pe(self.model, self.num_tokens, ep_size)
+            if sum(wanted) > len(tokens.topk_idx):
+                raise ValueError(
+                    f"num_tokens={self.num_tokens} on {ep_size} PEs, but {self.text} has {len(tokens.topk_idx)} tokens"
+                )
+            return wanted
+        if self.ep_size is not None and not tokens.all_pes:
+            found += (0,) * (self.ep_size - len(found))
+        if self.ep_size not in (None, len(found)):
+            raise ValueError(f"ep_size={self.ep_size}, but {self.text} is for {len(found)} PEs")
+        if self.num_tokens is not None and _tokens_per_pe(self.model, self.num_tokens, len(found)) != found:
+            raise ValueError(f"num_tokens={self.num_tokens}, but {self.text} has {list(found)}")
+        return found
+
+
+def _split_placement(text: str) -> tuple[str, str, str]:
+    """Cut TEXT@PLACEMENT; a file's path may have an @ of its own."""
+    routing, at, placement = text.rpartition("@")
+    if _FILE.fullmatch(routing) or routing.partition(":")[0] in families.FAMILIES:
+        return routing, at, placement
+    return text, "", ""
+
+
+def _from_file(path: str, layer: str | None, sizes: _Sizes, seed: int, num_layers: int | None) -> list[Routing]:
+    held = recorded.read(path, sizes.model.num_experts)
+    streams = dict(zip(held, families.seeds(seed).spawn(len(held)), strict=True))  # one layer is drawn as among all
+    if layer is not None:
+        if int(layer) not in held:
+            raise ValueError(f"{path} has no layer {layer} (it has {', '.join(map(str, held))})")
+        held = {int(layer): held[int(layer)]}
+    if num_layers is not None and num_layers > len(held):
+        raise ValueError(f"num_layers={num_layers}, but {sizes.text} has {len(held)}")
+    routings: list[Routing] = []
+    for number, found in list(held.items())[:num_layers]:
+        name = Path(path).stem if len(streams) == 1 else f"{Path(path).stem}:{number}"
+        if isinstance(found, Tokens):
+            counts = sizes.per_pe(found)
+            first = slice(sum(counts))
+            experts = found.num_experts or sizes.model.num_experts
+            idx, weights = found.topk_idx[first], found.topk_weights[first]
+            routings.append(Routing._cut(idx, weights, counts, experts, found.name or name))
+            routings[-1].check(sizes.model)
+        else:
+            routings.append(Routing.from_counts(found, sizes.model, *sizes.needed(), streams[number], name))
+    if len({routing.num_tokens for routing in routings}) > 1:
+        raise ValueError(f"{path} has {[r.num_tokens for r in routings]} tokens (must be the same in all layers)")
+    return routings

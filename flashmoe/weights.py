@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from flashmoe.model import NUMPY_DTYPES, MoEModel
+from flashmoe.placement import Placement
 
 Progress = Callable[[int, int], None]  # called with (experts done, experts in all)
 
@@ -135,6 +136,20 @@ class Weights:
         if self.gate.dtype == wanted:
             return self
         return Weights(self.gate.astype(wanted), self.gate_up.astype(wanted), self.down.astype(wanted))
+
+    def placed(self, placement: Placement) -> Weights:
+        """Return the weights with each expert, and its row of the router, in its slot: the same layer, renamed.
+
+        Outputs are the same but for the order of sums where an executor adds by expert or PE, and for experts with
+        equal logits: the router then takes the lower slot instead of the lower expert.
+        Raises: ValueError when the placement is for another number of experts.
+        """
+        if placement.num_experts != len(self.gate):
+            raise ValueError(f"placement is for {placement.num_experts} experts (the weights have {len(self.gate)})")
+        if placement == Placement.linear(placement.num_experts):
+            return self
+        experts = placement.experts
+        return Weights(self.gate[experts], self.gate_up[experts], self.down[experts])
 
 
 def _empty(num_experts: int, d_model: int, d_ff: int, dtype: np.dtype[Any]) -> Weights:

@@ -12,7 +12,24 @@ def test_a_host_is_a_machine_of_threads():
     assert host.num_cores == num_cores()
     assert not host.prefetch  # only a running thread loads anything
     assert host.hbm_bytes_per_ns >= host.cu_bytes_per_ns  # all cores together stream no less than one
+    assert host.signal_near_ps == host.signal_ps
     assert host_machine(0.2) is host  # once a process
+
+
+def test_threads_start_one_after_the_other_whatever_their_domain():
+    host = host_machine(0.2)
+    start_ps = [
+        worker % host.num_domains * host.launch_domain_ps + worker // host.num_domains * host.launch_step_ps
+        for worker in range(5)
+    ]
+    assert start_ps == [worker * host.launch_domain_ps for worker in range(5)]
+
+
+def test_what_a_host_cannot_tell_is_left_out():
+    host = host_machine(0.2)
+    assert (host.jitter, host.pe_spread, host.stall_ps, host.knee, host.port_bytes_per_ns) == (0, 0, 0, 0, 0)
+    assert (host.matrix_tokens, host.matrix_rows, host.launch_ps) == (1, 1, 0)
+    assert host.origins.keys().isdisjoint({"jitter", "knee", "port_bytes_per_ns", "launch_ps"})
 
 
 def test_every_value_says_whether_it_was_measured():

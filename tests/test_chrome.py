@@ -95,7 +95,7 @@ def test_a_slice_says_what_the_task_is(tmp_path: Path) -> None:
     trace = make_trace(
         [
             {
-                "kind": "down", "task_id": 17, "worker": 3, "expert": 5, "tile": 2, "num_tokens": 9,
+                "layer": 1, "kind": "down", "task_id": 17, "worker": 3, "expert": 5, "tile": 2, "num_tokens": 9,
                 "ready_ps": 4_000, "ticket_ps": 9_000, "start_ps": 9_000, "end_ps": 1_234_567,
             }
         ]
@@ -104,7 +104,8 @@ def test_a_slice_says_what_the_task_is(tmp_path: Path) -> None:
     assert (event["ph"], event["name"], event["pid"], event["tid"]) == ("X", "down", 0, 3)
     assert (event["ts"], event["dur"]) == (Decimal("0.009"), Decimal("1.225"))
     assert event["args"] == {
-        "task_id": 17, "kind": "down", "expert": 5, "tile": 2, "num_tokens": 9, "ready_ns": 4, "ticket_ns": 9,
+        "layer": 1, "task_id": 17, "kind": "down", "expert": 5, "tile": 2, "num_tokens": 9, "ready_ns": 4,
+        "ticket_ns": 9,
     }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_a_long_wait_is_a_slice_of_its_own(tmp_path: Path) -> None:
     assert_disjoint(events)
     [wait] = [event for event in events if event["name"] == "wait"]
     assert (ns(wait["ts"]), ns(wait["dur"])) == (1_000, 2_000)
-    assert wait["args"] == {"task_id": 1, "for": "up"}
+    assert wait["args"] == {"layer": 0, "task_id": 1, "for": "up"}
 
 
 def test_tasks_without_a_nanosecond(tmp_path: Path) -> None:

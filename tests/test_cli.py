@@ -163,6 +163,37 @@ def test_simulate_says_why() -> None:
         assert word in text
 
 
+def test_simulate_layers_and_effects() -> None:
+    line = ["simulate", *SMALL, "--layers", "2", "--gap-us", "7", "--without", "jitter", "--without", "launch_ramp"]
+    result = json.loads(call(*line, "--out", "t.npz", "--json").stdout)
+    first_us, second_us = result["layer_end_us"]
+    assert second_us == result["makespan_us"] > first_us + 7
+    inputs = result["inputs"]
+    assert (inputs["layers"], inputs["gap_us"], inputs["without"]) == (2, 7, ["jitter", "launch_ramp"])
+    header = Trace.load("t.npz").header
+    assert header["machine_parameters"]["launch_ps"] == header["machine_parameters"]["jitter"] == 0
+    assert len(set(header["routing"])) == 2
+    assert "2 layers" in call(*line).stdout
+
+
+def test_simulate_places_experts() -> None:
+    linear, placed = (
+        json.loads(call("simulate", *SMALL, "--routing", "one", *options, "--json").stdout)
+        for options in ([], ["--placement", "balanced"])
+    )
+    assert placed["inputs"]["pe_skew"]["max_over_mean"] < linear["inputs"]["pe_skew"]["max_over_mean"]
+
+
+def test_simulate_many_seeds() -> None:
+    seeds = json.loads(call("simulate", *SMALL, "--seed", "3", "--seeds", "8", "--json").stdout)["seeds"]
+    assert seeds["seeds"] == list(range(3, 11))
+    assert seeds["p50"]["low"] <= seeds["p50"]["value"] <= seeds["p50"]["high"]
+    assert (seeds["p99"]["value"], seeds["p99"]["high"]) == (max(seeds["makespan_us"]), None)
+    one = json.loads(call("simulate", *SMALL, "--seed", "5", "--json").stdout)
+    assert seeds["makespan_us"][2] == one["makespan_us"]
+    assert "over 8 seeds" in call("simulate", *SMALL, "--seeds", "8").stdout
+
+
 def test_simulate_takes_its_size_from_a_routing_file() -> None:
     model = flashmoe.MoEModel.preset("qwen3-30b-a3b")
     Routing.uniform(model, [3, 0], 2).save("r.npz")
@@ -323,7 +354,11 @@ def test_doctor_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch) -> Non
         ("simulate --routing hot", "hot"),
         ("simulate --routing none.npz", "none.npz"),
         ("simulate --policy fifo", "ancestor"),
-        ("simulate --engine native", "simpy"),
+        ("simulate --engine fast", "native, simpy"),
+        ("simulate --without gravity", "knee"),
+        ("simulate --gap-us -1", "gap_us=-1"),
+        ("simulate --layers 0", "num_layers=0"),
+        ("simulate --seeds 0", "seeds=0"),
         ("simulate --granularity row", "tile, token"),
         ("simulate --granularity token --down rows", "granularity='token'"),
         ("simulate --workers 0", "workers=0"),

@@ -138,11 +138,21 @@ def test_pes_are_not_mixed_up() -> None:
     assert result.by_kind["up"]["bias_pct"] == 0
 
 
+def test_layers_are_not_mixed_up() -> None:
+    left = make_trace([{"layer": 0, "task_id": 7, "end_ps": 1}, {"layer": 1, "task_id": 7, "end_ps": 2}], layers=2)
+    right = make_trace([{"layer": 1, "task_id": 7, "end_ps": 2}, {"layer": 2, "task_id": 7, "end_ps": 4}], layers=3)
+    result = compare(left, right)
+    assert (result.matched, result.unmatched_left["layer"].tolist()) == (1, [0])
+    assert result.by_kind["up"]["bias_pct"] == 0
+    assert result.warnings == ["layers differs: 2 on the left, 3 on the right"]
+    assert "Only on the right, 1: layer 2 PE 0 task 7 (up)." in result.table()
+
+
 def test_a_task_that_is_there_twice_is_named() -> None:
     twice = make_trace([{"task_id": 5}, {"task_id": 6}, {"task_id": 5}])
-    with pytest.raises(ValueError, match="left trace holds task 5 of PE 0 2 times"):
+    with pytest.raises(ValueError, match="left trace holds PE 0 task 5 more than once: 2 times"):
         compare(twice, measured())
-    with pytest.raises(ValueError, match="right trace holds task 5 of PE 0 2 times"):
+    with pytest.raises(ValueError, match="right trace holds PE 0 task 5 more than once: 2 times"):
         compare(measured(), twice)
 
 
@@ -180,7 +190,7 @@ def test_nothing_in_common() -> None:
     assert (as_dict["matched"], as_dict["unmatched_left"], as_dict["by_kind"]) == (0, 1, {})
     assert (as_dict["makespan_gap_pct"], as_dict["start_order_correlation"]) == (None, None)
     json.dumps(as_dict, allow_nan=False)
-    assert "Makespan: left 5.00 us, right 0.00 us." in result.table()
+    assert "Makespan: left 5.00 µs, right 0.00 µs." in result.table()
 
 
 def test_table_names_what_is_unmatched_and_the_gap() -> None:
@@ -190,7 +200,7 @@ def test_table_names_what_is_unmatched_and_the_gap() -> None:
     assert "3 tasks in both" in table
     assert "Only on the left, 1: PE 0 task 3 (up, expert 4 tile 7)." in table
     assert "Only on the right, 1: PE 0 task 9 (combine)." in table
-    assert "left is 5.00 us (25.0 %) shorter." in table
+    assert "left is 5.00 µs (25.0 %) shorter." in table
     [row] = [line for line in table.splitlines() if line.split()[:2] == ["up", "2"]]
     assert row.split() == ["up", "2", "5.000", "5.000", "+0.0", "62.5", "2.000"]
     [row] = [line for line in table.splitlines() if line.split()[:2] == ["gate", "1"]]

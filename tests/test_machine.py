@@ -1,26 +1,71 @@
 """Machines: presets, files, and what is refused."""
 
+import json
+import math
+
 import pytest
 
 from flashmoe.machine import Machine, parameter_meanings, parameter_units, preset_names
 
+PRESETS = ("b200", "h100", "h200", "mi300x", "mi325x", "mi355x")
 
-@pytest.mark.parametrize("name", ["mi300x", "h200"])
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_of_a_preset_has_a_unit_an_origin_and_a_source(name):
     machine = Machine.load(name)
     assert machine.name == name
+    assert str(machine.num_cus) in machine.description
     assert parameter_units().keys() == parameter_meanings().keys()
-    # what only a host of threads has may be left out
-    host_only = {"gap_ps", "launch_step_ps", "num_cores", "slice_ps"}
-    assert machine.origins.keys() == parameter_units().keys() - host_only
+    assert machine.origins.keys() == parameter_units().keys() - {"num_cores", "slice_ps"}  # a host of threads has these
     for key, (unit, origin, source) in machine.origins.items():
         assert unit == parameter_units()[key]
         assert origin in ("measured", "datasheet", "estimate", "fitted")
-        assert len(source) > 10
+        assert len(source) > 9
 
 
 def test_presets_are_named():
-    assert preset_names() == ("h200", "mi300x")
+    assert preset_names() == PRESETS
+
+
+# CUs, HBM at its peak, bf16 at its peak, one link and all links of a PE at their peaks: data sheets
+PEAKS = {
+    "mi300x": (304, 5300, 1307e3, 64, 448),
+    "mi325x": (304, 6000, 1307e3, 64, 448),
+    "mi355x": (256, 8000, 2517e3, 76.8, 537.6),
+    "h100": (132, 3350, 989e3, 450, 450),
+    "h200": (132, 4800, 989e3, 450, 450),
+    "b200": (148, 8000, 2250e3, 900, 900),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_achieved_rates_are_a_good_part_of_the_peaks(name):
+    machine = Machine.preset(name)
+    num_cus, hbm, flops, link, links = PEAKS[name]
+    assert machine.num_cus == num_cus
+    assert 0.75 < machine.hbm_bytes_per_ns / hbm < 1
+    assert 0.5 < machine.num_cus * machine.cu_flops_per_ns / flops < 0.8
+    assert 0.7 < machine.link_bytes_per_ns / link < 1
+    assert machine.port_bytes_per_ns <= links
+    # few CUs do not saturate the memory, and all of them do
+    assert 0.2 < machine.hbm_bytes_per_ns / machine.num_cus / machine.cu_bytes_per_ns < 0.7
+
+
+@pytest.mark.parametrize(("num_copies", "share"), [(1, 0.78), (2, 0.98), (3, 0.99), (4, 1.00)])
+def test_cap_and_knee_of_an_h200_give_back_what_was_measured_with_few_copies_in_flight(num_copies, share):
+    machine = Machine.preset("h200")  # its cap is that of three copies
+    cap, fair = num_copies * machine.cu_bytes_per_ns / 3, machine.hbm_bytes_per_ns / machine.num_cus
+    rate = (cap**-machine.knee + fair**-machine.knee) ** (-1 / machine.knee)
+    assert rate / fair == pytest.approx(share, abs=0.01)
+
+
+def test_what_comes_from_a_base_is_an_estimate():
+    base, machine = Machine.preset("mi300x"), Machine.preset("mi325x")
+    assert machine.put_ps == base.put_ps
+    assert base.origins["put_ps"].origin == "measured"
+    source = f"as mi300x (measured): {base.origins['put_ps'].source}"
+    assert machine.origins["put_ps"] == ("ps", "estimate", source)
+    assert machine.origins["cu_flops_per_ns"].origin == "measured"  # its own
 
 
 def test_values_are_scaled_to_the_units_of_the_fields():
@@ -29,11 +74,12 @@ def test_values_are_scaled_to_the_units_of_the_fields():
     assert machine.ticket_far_service_ps == 190_000  # 190 ns
     assert machine.put_ps == 2_850_000
     assert machine.hbm_bytes_per_ns == 4200
+    assert machine.launch_ps == 3_500_000  # 3.5 us
     assert Machine.preset("h200").ticket_service_ps == 800
 
 
 def test_a_ticket_alone_costs_its_published_latency():
-    for name, near_ps, far_ps in [("mi300x", 116_000, 202_000), ("h200", 43_400, 43_400)]:
+    for name, near_ps, far_ps in [("mi300x", 116_000, 202_000), ("mi355x", 116_000, 202_000), ("h200", 43_400, 43_400)]:
         machine = Machine.preset(name)
         assert machine.ticket_ps + machine.ticket_service_ps == near_ps
         assert machine.ticket_far_ps + machine.ticket_far_service_ps == far_ps
@@ -62,7 +108,6 @@ def test_a_file_overrides_its_base(tmp_path):
     assert (machine.name, machine.hbm_bytes_per_ns, machine.put_ps) == ("mine", 5, 1_500_000)
     assert machine.origins["put_ps"] == ("ps", "measured", "here")
     assert machine.num_cus == 304
-    assert machine.origins["num_cus"] == Machine.preset("mi300x").origins["num_cus"]
     assert Machine.load(str(path)) == machine == Machine.load(machine)
 
 
@@ -73,7 +118,7 @@ ENTRY = '{ value = 1, unit = "GB/s", origin = "estimate", source = "x" }'
     ("text", "message"),
     [
         ('base = "mi300x"\nhbm = 1', r"unknown machine parameter 'hbm' \(parameters: num_cus, .*base"),
-        (f"hbm_bytes_per_ns = {ENTRY}", r"'mine' lacks num_cus, .*\(give them, or a base: h200, mi300x\)"),
+        (f"hbm_bytes_per_ns = {ENTRY}", r"'mine' lacks num_cus, .*\(give them, or a base: b200, h100, .*mi355x\)"),
         (f'base = "mi300x"\nput_ps = {ENTRY}', r"put_ps has unit 'GB/s' \(accepted: ps, ns, us\)"),
         (
             'base = "mi300x"\nput_ps = 3',
@@ -88,7 +133,13 @@ ENTRY = '{ value = 1, unit = "GB/s", origin = "estimate", source = "x" }'
             f'base = "mi300x"\nnum_cus = {ENTRY.replace("1", "2.5").replace("GB/s", "count")}',
             "num_cus=2.5 .*whole number",
         ),
-        ('base = "mi300z"', r"unknown machine 'mi300z' \(presets: h200, mi300x"),
+        (f'base = "mi300x"\nhbm_bytes_per_ns = {ENTRY.replace("1", "inf")}', "hbm_bytes_per_ns=inf .*finite number"),
+        ('base = "mi300x"\nlink_topology = "mesh"', "unknown machine parameter 'link_topology' .*link_bytes_per_ns"),
+        (
+            f'base = "mi300x"\njitter = {ENTRY.replace("GB/s", "percent")}',
+            r"jitter has unit 'percent' \(accepted: ratio\)",
+        ),
+        ('base = "mi300z"', r"unknown machine 'mi300z' \(presets: b200, h100, h200, mi300x"),
         ("= 3", "'mine' is not TOML"),
     ],
 )
@@ -99,7 +150,7 @@ def test_bad_files_are_refused_by_name(tmp_path, text, message):
 
 def test_unknown_machines_are_refused_by_name(tmp_path):
     with pytest.raises(
-        ValueError, match=r"unknown machine 'mi999' \(presets: h200, mi300x; or 'host', or a .toml file\)"
+        ValueError, match=r"unknown machine 'mi999' \(presets: b200, .*, mi355x; or 'host', or a .toml file\)"
     ):
         Machine.load("mi999")
     with pytest.raises(ValueError, match="no machine file"):
@@ -111,7 +162,17 @@ def test_unknown_machines_are_refused_by_name(tmp_path):
     [
         ({"num_cus": 0}, "num_cus=0 .*at least 1"),
         ({"signal_ps": 1.5}, "signal_ps=1.5 .*whole number"),
-        ({"link_topology": "ring"}, "link_topology='ring' .*mesh or switch"),
+        ({"hbm_bytes_per_ns": 0}, "hbm_bytes_per_ns=0 .*finite number, positive"),
+        ({"hbm_bytes_per_ns": math.nan}, "hbm_bytes_per_ns=nan .*finite number, positive"),
+        ({"port_bytes_per_ns": -1}, "port_bytes_per_ns=-1 .*at least 0 .bytes/ns"),
+        ({"matrix_tokens": 0}, "matrix_tokens=0 .*at least 1"),
+        ({"signal_load_factor": 0.5}, "signal_load_factor=0.5 .*at least 1"),
+        ({"stall_probability": 1.5}, "stall_probability=1.5 .*at least 0 and at most 1"),
+        ({"jitter": 2}, "jitter=2 .*at least 0 and at most 1"),
+        ({"knee": 0.5}, "knee=0.5 .*0, or at least 1"),
+        ({"signal_near_ps": 600_001}, "signal_near_ps=600001 .*signal_ps=600000"),
+        ({"num_cores": 2, "pe_spread": 0.1, "prefetch": False}, "pe_spread=0.1 with num_cores > 0 .*must be 0"),
+        ({"num_cores": 2, "pe_spread": 0}, "prefetch=True with num_cores > 0 .*False"),
         ({"prefetch": 1}, "prefetch=1 .*true or false"),
         ({"num_domains": 400}, "num_domains=400 .*num_cus=304"),
     ],
@@ -121,6 +182,41 @@ def test_bad_values_are_refused_by_name(change, message):
         Machine(**(Machine.preset("mi300x").to_dict() | change))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("port_bytes_per_ns", 0), ("knee", 0), ("knee", 1.5), ("stall_probability", 1), ("num_cores", 0), ("gap_ps", 0)],
+)
+def test_limits_are_accepted(key, value):
+    assert getattr(Machine(**(Machine.preset("mi300x").to_dict() | {key: value})), key) == value
+
+
+def test_the_defaults_are_a_simpler_machine():
+    given = {key: value for key, value in Machine.preset("mi300x").to_dict().items() if key not in DEFAULTS}
+    machine = Machine(**given)
+    assert {key: getattr(machine, key) for key in DEFAULTS} == DEFAULTS
+
+
+DEFAULTS = {
+    "knee": 0,
+    "launch_ps": 0,
+    "launch_domain_ps": 0,
+    "launch_step_ps": 0,
+    "signal_load_factor": 1,
+    "port_bytes_per_ns": 0,
+    "link_message_ps": 0,
+    "matrix_tokens": 1,
+    "matrix_rows": 1,
+    "gap_ps": 0,
+    "jitter": 0,
+    "stall_ps": 0,
+    "stall_probability": 0,
+    "pe_spread": 0,
+    "num_cores": 0,
+    "slice_ps": 0,
+}
+
+
 def test_to_dict_holds_all_that_makes_a_machine():
     machine = Machine.preset("h200")
     assert Machine(**machine.to_dict()) == machine
+    assert Machine(**json.loads(json.dumps(machine.to_dict(), allow_nan=False))) == machine

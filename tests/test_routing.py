@@ -1,5 +1,6 @@
 """Routing families against their probabilities, skew worked out by hand, files, and every refusal."""
 
+import itertools
 import math
 import re
 
@@ -131,6 +132,106 @@ def test_one_sends_all_to_the_first_experts():
     assert routing.expert_load().tolist() == [6] * 4 + [0] * 12
 
 
+# ---- layers
+
+
+def layers_of(text, correlation, num_layers=2, num_tokens=4000, model=MODEL, **arguments):
+    return Routing.layers(text, model, num_tokens, 1, num_layers=num_layers, correlation=correlation, **arguments)
+
+
+def renaming(before, after):
+    """What each expert is called in the next layer, of fully correlated layers: where most of its slots go."""
+    seen = np.zeros((before.num_experts,) * 2, dtype=int)
+    np.add.at(seen, (before.topk_idx[0], after.topk_idx[0]), 1)
+    return seen.argmax(axis=1)
+
+
+@pytest.mark.parametrize("text", ["uniform", "zipf:1", "dirichlet:0.5", "hot:5"])
+def test_full_correlation_only_renames_the_experts(text):
+    layers = layers_of(text, 1.0, num_layers=3)
+    assert [layer.name for layer in layers] == [text] * 3
+    for before, after in itertools.pairwise(layers):
+        renamed = renaming(before, after)
+        used = np.unique(before.topk_idx[0])
+        assert len(set(renamed[used])) == len(used) and (renamed[used] != used).any()
+        np.testing.assert_array_equal(renamed[before.topk_idx[0]], after.topk_idx[0])
+        np.testing.assert_array_equal(before.topk_weights[0], after.topk_weights[0])
+
+
+def test_no_correlation_leaves_the_overlap_of_chance():
+    # Two independent sets of 4 of 16 experts share 4 * 4 / 16 = 1 on average, hypergeometric variance
+    # 4 * 1/4 * 3/4 * 12/15 = 0.6; whatever the renaming, so compare the names as they are.
+    before, after = layers_of("uniform", 0.0)
+    shared = (before.topk_idx[0][:, :, None] == after.topk_idx[0][:, None, :]).sum(axis=(1, 2))
+    assert abs(shared.mean() - 1.0) < 5 * math.sqrt(0.6 / 4000)
+    assert abs(shared.var() - 0.6) < 0.1
+
+
+@pytest.mark.parametrize("correlation", [0.3, 0.8])
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_a_first_choice_is_carried_over_with_the_correlation(exponent, correlation):
+    # Carried with probability c, else drawn anew, and then the same by chance with probability sum p^2.
+    before, after = layers_of(f"zipf:{exponent}", correlation, num_tokens=20_000)
+    popularity = np.arange(1, 17) ** -exponent / (np.arange(1, 17) ** -exponent).sum()
+    expected = correlation + (1 - correlation) * (popularity**2).sum()
+    # The renaming comes from fully correlated layers of the same seed, which are renamed alike.
+    renamed = renaming(*layers_of(f"zipf:{exponent}", 1.0, num_tokens=20_000))
+    same = (renamed[before.topk_idx[0][:, 0]] == after.topk_idx[0][:, 0]).mean()
+    assert abs(same - expected) < 5 * math.sqrt(expected * (1 - expected) / 20_000)
+
+
+def test_more_correlation_keeps_more_of_a_tokens_experts():
+    renamed = renaming(*layers_of("uniform", 1.0))
+    overlaps = []
+    for correlation in (0.0, 0.25, 0.5, 0.75, 1.0):
+        before, after = layers_of("uniform", correlation)
+        overlaps.append((renamed[before.topk_idx[0]][:, :, None] == after.topk_idx[0][:, None, :]).sum() / 4000)
+    assert overlaps == sorted(overlaps) and overlaps[-1] == 4.0 and abs(overlaps[0] - 1.0) < 0.1
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_every_layer_is_a_draw_of_the_family(correlation):
+    # First choices of zipf:1 in the fifth layer, sorted, follow the power law as in the first.
+    last = layers_of("zipf:1", correlation, num_layers=5, num_tokens=20_000)[-1]
+    expected = 1 / np.arange(1, 17) / (1 / np.arange(1, 17)).sum() * 20_000
+    counts = np.sort(np.bincount(last.topk_idx[0][:, 0], minlength=16))[::-1]
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_layers_start_with_the_one_of_parse_and_keep_when_more_join():
+    one = Routing.parse("zipf:1", MODEL, (5, 7), 2, seed=3)
+    two = Routing.layers("zipf:1", MODEL, (5, 7), 2, seed=3, num_layers=2, correlation=0.5)
+    four = Routing.layers("zipf:1", MODEL, (9, 7, 1, 0), 4, seed=3, num_layers=4, correlation=0.5)
+    assert two[0].digest == one.digest
+    assert len({layer.digest for layer in four}) == 4
+    for before, after in zip(two, four, strict=False):
+        for pe, count in enumerate((5, 7)):
+            np.testing.assert_array_equal(before.topk_idx[pe], after.topk_idx[pe][:count])
+
+
+def test_layers_of_one_are_alike():
+    assert {layer.digest for layer in layers_of("one", 0.5, num_layers=3)} == {Routing.one(MODEL, 4000, 1).digest}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_layers": 0}, "num_layers=0 (must be at least 1)"),
+        ({"correlation": 1.5}, "correlation=1.5 (must be in 0..1)"),
+        ({"correlation": -0.1}, "correlation=-0.1"),
+        ({"correlation": math.nan}, "correlation=nan"),
+    ],
+)
+def test_layers_name_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Routing.layers("uniform", MODEL, 2, 2, **arguments)
+
+
+def test_default_sizes_fill_what_is_not_said():
+    routing = Routing.parse("uniform", MODEL, ep_size=4, default=(3, 2))
+    assert routing.num_tokens == (3, 3, 3, 3)
+
+
 # ---- load, skew, digest
 
 
@@ -161,6 +262,27 @@ def test_skew_of_all_to_one():
 def test_skew_of_even_load(rows):
     even = {"cv": 0.0, "max_over_mean": 1.0, "gini": 0.0, "entropy": 2.0}
     assert routing_of(rows, num_experts=4).skew() == pytest.approx(even)
+
+
+def test_load_and_skew_of_pes():
+    # Experts 0, 1, 2 on PE 0 and 3, 4, 5 on PE 1: three slots and one. Mean 2, standard deviation 1.
+    routing = routing_of([[0, 5], [2, -1]], [[1, -1]])
+    assert routing.pe_load().tolist() == [3, 1]
+    entropy = 3 / 4 * math.log2(4 / 3) + 1 / 4 * 2
+    assert routing.skew("pes") == pytest.approx({"cv": 0.5, "max_over_mean": 1.5, "gini": 0.25, "entropy": entropy})
+    assert routing.describe_skew() == (
+        "load of the 6 experts: CV 0.71, max/mean 1.50, Gini 0.33, entropy 2.00 of 2.58 bits; "
+        "load of the 2 PEs: CV 0.50, max/mean 1.50, Gini 0.25, entropy 0.81 of 1.00 bits"
+    )
+    with pytest.raises(ValueError, match=re.escape("of='pe' (accepted: experts, pes)")):
+        routing.skew("pe")
+
+
+def test_skew_of_pes_needs_as_many_experts_on_each():
+    uneven = routing_of([[0]], [[0]], [[0]], num_experts=16)
+    with pytest.raises(ValueError, match=re.escape("ep_size=3 (must divide num_experts=16)")):
+        uneven.pe_load()
+    assert "PEs" not in uneven.describe_skew() and "PEs" not in routing_of([[0]]).describe_skew()
 
 
 def test_digest_tells_routings_apart():
@@ -255,7 +377,10 @@ def test_load_names_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("zipff:1", "'zipff:1' is unknown (accepted: uniform, zipf:S, dirichlet:A, hot:N, one, FILE.npz)"),
+        ("zipff:1", "'zipff:1' is unknown (accepted: uniform, zipf:S, dirichlet:A, hot:N, one, FILE.npz, FILE.jsonl, "),
+        ("zipff:1@strided", "routing 'zipff:1@strided' is unknown"),
+        ("zipf:1@strode", "placement 'strode' is unknown (accepted: linear, strided, random, "),
+        ("zipf:1@", "placement '' is unknown"),
         ("", "routing '' is unknown"),
         ("uniform:2", "'uniform:2': uniform takes no value"),
         ("one:", "'one:': one takes no value"),

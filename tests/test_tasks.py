@@ -472,6 +472,26 @@ def test_critical_path_follows_a_busy_worker():
     assert critical_path(table, records[:0]).tolist() == []
 
 
+def test_critical_path_goes_on_in_the_layer_before():
+    model = MoEModel(d_model=8, d_ff=4, num_experts=2, top_k=2, dtype="f32")
+    tables = [
+        TaskTable(model, routing_from([[[0, 1]]], 2), tiling, gate=False)
+        for tiling in (Tiling(up_rows=4, down_rows=8), Tiling(up_rows=4, down_rows=4))
+    ]
+    # route, up, up, down, down, combine; in layer 1 each expert has two down tasks
+    first = records_of(tables[0], [10, 30, 20, 70, 40, 80], [0, 0, 1, 0, 1, 1])
+    first["start_ps"] = [0, 10, 10, 30, 20, 70]
+    second = records_of(tables[1], [90, 100, 110, 120, 130, 140, 150, 160], [0] * 8)
+    second["layer"], second["start_ps"] = 1, second["end_ps"] - 10
+    second["ready_ps"][0] = 80
+    records = np.concatenate([first, second])
+    # layer 0: the combine waited for down 0, that for up 0, that for route; then worker 0 has all of layer 1
+    assert critical_path(tables, records).tolist() == [0, 1, 3, 5, *range(6, 14)]
+    # as in a launch of its own: nothing tells when the input was there, and yet the layer before had to end
+    records["ready_ps"][6] = 0
+    assert critical_path(tables, records).tolist() == [0, 1, 3, 5, *range(6, 14)]
+
+
 # ---- errors
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import flashmoe.weights
 from flashmoe.model import MoEModel
+from flashmoe.placement import Placement
 from flashmoe.weights import Weights
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -89,6 +90,15 @@ def test_cast_copies_only_when_it_must():
     assert_same(rounded, gate=weights.gate.astype(BF16), down=weights.down.astype(BF16))
     with pytest.raises(ValueError, match=r"dtype='f64' \(accepted: bf16, f32\)"):
         weights.cast("f64")
+
+
+def test_placed_moves_each_expert_and_its_router_row():
+    weights = Weights.random(MODEL)
+    placed = weights.placed(Placement((2, 0, 1)))
+    for expert, slot in enumerate((2, 0, 1)):
+        for field in ("gate", "gate_up", "down"):
+            np.testing.assert_array_equal(getattr(placed, field)[slot], getattr(weights, field)[expert])
+    assert weights.placed(Placement.linear(3)) is weights
 
 
 # ---- random

@@ -28,11 +28,19 @@ FIELDS_AT_REST = {"expert": -1, "tile": -1, "peer": -1}
 
 
 def make_trace(tasks: Iterable[dict[str, Any]], critical_path: Iterable[int] = (), **header: Any) -> Trace:
-    """A trace of these tasks: kind is a name, task_id counts up, what is left out is 0 (or -1 for "none")."""
+    """A trace of these tasks: kind is a name, task_id counts up, what is left out is 0 (or -1 for "none").
+
+    Times that an executor may not record are then as TRACE_DTYPE says: asked_ps, loaded_ps and done_ps.
+    """
     tasks = list(tasks)
     records = np.zeros(len(tasks), TRACE_DTYPE)
     for task_id, task in enumerate(tasks):
-        record = {"task_id": task_id, **FIELDS_AT_REST, **task}
+        times = {
+            "asked_ps": task.get("ticket_ps", 0),
+            "loaded_ps": task.get("start_ps", 0),
+            "done_ps": task.get("end_ps", 0),
+        }
+        record = {"task_id": task_id, **FIELDS_AT_REST, **times, **task}
         record["kind"] = KINDS.index(record.get("kind", "up"))
         for field, value in record.items():
             records[task_id][field] = value
@@ -88,8 +96,11 @@ def layer_trace(
                         "tile": index % tiles if by_expert else -1,
                         "num_tokens": 4,
                         "ready_ps": int(ready[pe]) * 1000,
+                        "asked_ps": free_at * 1000,
                         "ticket_ps": free_at * 1000,
                         "start_ps": start * 1000,
+                        "loaded_ps": start * 1000,
+                        "done_ps": end * 1000,
                         "end_ps": end * 1000,
                         "peer": index % ep_size if kind == "dispatch" else -1,
                         "hbm_bytes": num_bytes,

@@ -16,7 +16,6 @@ from flashmoe.cli.screen import (
     print_table,
     progress,
     say,
-    skew_in_words,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def _title(number: int, text: str) -> None:
 
 
 def _print_simulated(simulated: steps.Simulated) -> None:
-    from flashmoe.sim import explain
+    from flashmoe.explain import explain
 
     traces = simulated.traces
     first = next(iter(traces.values()))
@@ -83,7 +82,7 @@ def _print_simulated(simulated: steps.Simulated) -> None:
         f"{first.num_workers} workers (CUs) a GPU pull tasks. One routing ({simulated.routing.name}), "
         f"{len(traces)} scheduling policies."
     )
-    say(skew_in_words(simulated.routing.skew(), model["num_experts"]), "dim")
+    say(simulated.routing.describe_skew(), "dim")
     out.print()
     rows = []
     for name, trace in traces.items():
@@ -109,7 +108,8 @@ def _print_simulated(simulated: steps.Simulated) -> None:
     for name in dict.fromkeys(("ancestor", simulated.best)):
         out.print()
         say(f"Why {name} takes {as_time(traces[name].makespan_us)}", "bold")
-        say(explain(traces[name]))
+        for paragraph in explain(traces[name]).splitlines():
+            say(paragraph)
 
 
 def _print_computed(small: steps.Small) -> None:

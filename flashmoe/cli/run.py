@@ -22,7 +22,6 @@ from flashmoe.cli.screen import (
     print_written,
     progress,
     say,
-    skew_in_words,
 )
 from flashmoe.model import MoEModel
 from flashmoe.policy import Policy, policy_names, resolve
@@ -243,8 +242,7 @@ def _error(model: MoEModel, weights: Weights, x: list[Any], result: Any) -> floa
 def _print(result: Any, model: MoEModel, error: float, tolerance: float) -> None:
     trace = result.trace
     say(trace.describe(), "bold")
-    skew = skew_in_words(result.routing.skew(), model.num_experts)
-    say(f"{skew} (routing {result.routing.name})", "dim")
+    say(f"{result.routing.describe_skew()} (routing {result.routing.name})", "dim")
     say("")
     print_table(
         ["makespan", "utilisation", "tasks", "weights read", "between PEs", "relative error"],

@@ -120,12 +120,3 @@ def as_bytes(count: float) -> str:
         if count >= scale:
             return f"{count / scale:,.2f} {unit}"
     return f"{count:.0f} B"
-
-
-def skew_in_words(skew: dict[str, float], num_experts: int) -> str:
-    """One line about how evenly the experts are loaded."""
-    even = math.log2(num_experts)
-    return (
-        f"load of the experts: CV {skew['cv']:.2f}, max/mean {skew['max_over_mean']:.2f}, "
-        f"Gini {skew['gini']:.2f}, entropy {skew['entropy']:.2f} of {even:.2f} bits"
-    )

@@ -18,7 +18,6 @@ from flashmoe.cli.screen import (
     print_written,
     progress,
     say,
-    skew_in_words,
 )
 from flashmoe.routing import Routing
 from flashmoe.sim.effects import EFFECTS
@@ -172,7 +171,7 @@ def simulate(
             }
         )
         return
-    _print(trace, skew_in_words(drawn[0].skew(), layer.num_experts))
+    _print(trace, drawn[0].describe_skew())
     if replication is not None:
         _print_replication(replication)
     print_written(out, "trace")

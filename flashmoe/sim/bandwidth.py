@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import simpy
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class CappedSharing:
         wake_up = self._env.event()
         wake_up._ok, wake_up._value = True, self._generation
         wake_up.callbacks.append(self._finish)
-        self._env.schedule(wake_up, self._priority, delay_ps)
+        self._env.schedule(wake_up, cast(Any, self._priority), delay_ps)
 
     def _finish(self, wake_up: Any) -> None:
         if wake_up.value != self._generation:

@@ -33,12 +33,12 @@ def lower_bounds(tables: Sequence[TaskTable], parameters: Parameters, gap_ps: in
     # nothing happens before the first worker starts, nor between launches
     launch_ps = int(parameters.start_ps.min())
     idle_ps = launch_ps + (0 if gap_ps is None else (len(layers) - 1) * (launch_ps + gap_ps))
-    hbm_ps = sum(layer.hbm_ps() for layer in layers)
-    stages_ps = [sum(stage) for stage in zip(*(layer.stages_ps() for layer in layers), strict=True)]
+    hbm_ps = np.sum([layer.hbm_ps() for layer in layers], axis=0)
+    stages_ps = np.sum([layer.stages_ps() for layer in layers], axis=0)  # (stages, num_pes)
     workers_ps = max(stage.max(initial=0.0) for stage in stages_ps) / num_workers
     if is_host:
         workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores)
-    links_ps = _links_ps(sum(layer.traffic() for layer in layers), parameters)
+    links_ps = _links_ps(np.sum([layer.traffic() for layer in layers], axis=0), parameters)
     bounds_ps = {
         "hbm": (hbm_ps.sum() if is_host else hbm_ps.max()) + idle_ps,
         "workers": workers_ps + idle_ps,
@@ -77,7 +77,10 @@ class _Layer:
     def stages_ps(self) -> list[NDArray[np.float64]]:
         """(num_pes,) each: sums of what workers do one task after the other."""
         pe = self.table.tasks["pe"]
-        return [np.bincount(pe, weights=work, minlength=self.table.num_pes) for work in _stages(self.costs)]
+        return [
+            np.bincount(pe, weights=work, minlength=self.table.num_pes).astype(np.float64)
+            for work in _stages(self.costs)
+        ]
 
     def longest_pick_ps(self) -> float:
         tasks, costs = self.table.tasks, self.costs

@@ -90,7 +90,8 @@ def _padded_flops(tasks: Any, matrix_tokens: int, matrix_rows: int) -> NDArray[n
     is_matrix = (num_rows > 0) & (num_tokens > 0)
     cells = np.where(is_matrix, num_tokens * num_rows, np.uint64(1))
     padded = _up_to_multiple(num_tokens, matrix_tokens) * _up_to_multiple(num_rows, matrix_rows)
-    return (tasks["flops"] // cells * np.where(is_matrix, padded, np.uint64(1))).astype(np.float64)
+    flops: NDArray[np.uint64] = tasks["flops"] // cells * np.where(is_matrix, padded, np.uint64(1))
+    return flops.astype(np.float64)
 
 
 def _up_to_multiple(values: NDArray[np.uint64], of: int) -> NDArray[np.uint64]:

@@ -39,11 +39,12 @@ def _engine(run: Any) -> Engine:
         Returns: the records, TRACE_DTYPE, by layer and then in its table's order.
         Raises: DeadlockError; ValueError for an unknown queue or a schedule for another number of workers.
         """
-        if not isinstance(tables, list | tuple):
-            tables, schedules = [tables], [schedules]
-        per_layer: list[Schedule | None] = [None] * len(tables) if schedules is None else list(schedules)
-        parameters = resolve(machine, tables[0].num_pes, num_workers, seed=seed, pe_speed=pe_speed)
-        return run(tables, parameters, policy, per_layer, gap_ps=gap_ps, progress=progress)  # type: ignore[no-any-return]
+        layers: list[Any] = list(tables) if isinstance(tables, list | tuple) else [tables]
+        per_layer: list[Schedule | None] = [schedules]
+        if isinstance(tables, list | tuple):
+            per_layer = [None] * len(layers) if schedules is None else list(schedules)
+        parameters = resolve(machine, layers[0].num_pes, num_workers, seed=seed, pe_speed=pe_speed)
+        return run(layers, parameters, policy, per_layer, gap_ps=gap_ps, progress=progress)  # type: ignore[no-any-return]
 
     return run_tables
 

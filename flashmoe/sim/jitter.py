@@ -41,12 +41,14 @@ def quantiles(sigma: float) -> NDArray[np.float64]:
     """
     count = 1 << _QUANTILE_BITS
     factors = np.array([math.exp(sigma * NormalDist().inv_cdf((i + 0.5) / count)) for i in range(count)])
-    return factors / factors.mean()
+    scaled: NDArray[np.float64] = factors / factors.mean()
+    return scaled
 
 
 def factors(bits: NDArray[np.uint64], table: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n,) float64, how much longer than usual each task takes."""
-    return table[bits >> np.uint64(64 - _QUANTILE_BITS)]
+    drawn: NDArray[np.float64] = table[bits >> np.uint64(64 - _QUANTILE_BITS)]
+    return drawn
 
 
 def stall_threshold(probability: float) -> int:

@@ -34,7 +34,7 @@ def run_native(
     for table, schedule in zip(tables, schedules, strict=True):
         layer = _native.ListedLayer(_listed(table))
         if policy.queue == "replay":
-            layer.ids_by_worker = _checked_lists(schedule, table.num_pes, parameters.num_workers)
+            layer.ids_by_worker = _checked_lists(schedule, parameters.num_workers)
         else:
             layer.ids_by_rank = [[int(task_id) for task_id in picks] for picks in policy.picks(table)]
         layers.append(layer)
@@ -89,14 +89,42 @@ def run_layers(
 
 def _parameters(parameters: Parameters) -> dict[str, Any]:
     machine = parameters.machine
-    by_name = (
-        "num_cores prefetch matrix_tokens matrix_rows hbm_bytes_per_ns cu_bytes_per_ns cu_flops_per_ns "
-        "cache_bytes_per_ns store_bytes_per_ns link_bytes_per_ns port_bytes_per_ns ticket_ps ticket_far_ps "
-        "ticket_service_ps ticket_far_service_ps put_ps link_message_ps gap_ps slice_ps stall_ps"
-    ).split()
-    resolved = (
-        "num_pes num_workers num_domains seed stall_threshold jitters speeds start_ps rates far_ps near_ps quantiles"
-    ).split()
+    by_name = [
+        "num_cores",
+        "prefetch",
+        "matrix_tokens",
+        "matrix_rows",
+        "hbm_bytes_per_ns",
+        "cu_bytes_per_ns",
+        "cu_flops_per_ns",
+        "cache_bytes_per_ns",
+        "store_bytes_per_ns",
+        "link_bytes_per_ns",
+        "port_bytes_per_ns",
+        "ticket_ps",
+        "ticket_far_ps",
+        "ticket_service_ps",
+        "ticket_far_service_ps",
+        "put_ps",
+        "link_message_ps",
+        "gap_ps",
+        "slice_ps",
+        "stall_ps",
+    ]
+    resolved = [
+        "num_pes",
+        "num_workers",
+        "num_domains",
+        "seed",
+        "stall_threshold",
+        "jitters",
+        "speeds",
+        "start_ps",
+        "rates",
+        "far_ps",
+        "near_ps",
+        "quantiles",
+    ]
     return {
         **{name: getattr(machine, name) for name in by_name},
         **{name: getattr(parameters, name) for name in resolved},
@@ -121,13 +149,13 @@ def _listed(table: TaskTable) -> dict[str, Any]:
     }
 
 
-def _checked_lists(schedule: Schedule | None, num_pes: int, num_workers: int) -> list[list[list[int]]]:
-    lists = [None] * num_pes if schedule is None else schedule
-    for pe, of_workers in enumerate(lists):
-        if of_workers is None or len(of_workers) != num_workers:
-            given = "none" if of_workers is None else str(len(of_workers))
-            raise ValueError(f"replay on PE {pe} has {given} lists (must be one a worker: {num_workers})")
-    return [[[int(task_id) for task_id in ids] for ids in of_workers] for of_workers in lists]
+def _checked_lists(schedule: Schedule | None, num_workers: int) -> list[list[list[int]]]:
+    if schedule is None:
+        raise ValueError(f"replay on PE 0 has none lists (must be one a worker: {num_workers})")
+    for pe, of_workers in enumerate(schedule):
+        if len(of_workers) != num_workers:
+            raise ValueError(f"replay on PE {pe} has {len(of_workers)} lists (must be one a worker: {num_workers})")
+    return [[[int(task_id) for task_id in ids] for ids in of_workers] for of_workers in schedule]
 
 
 def _message(result: dict[str, Any], tables: Sequence[TaskTable], num_tasks: int) -> str:

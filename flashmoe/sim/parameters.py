@@ -101,7 +101,9 @@ def _quantiles(sigma: float) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=32)
-def _stream_rates(hbm_bytes_per_ns: float, cu_bytes_per_ns: float, knee: float, num_streams: int) -> NDArray[np.float64]:
+def _stream_rates(
+    hbm_bytes_per_ns: float, cu_bytes_per_ns: float, knee: float, num_streams: int
+) -> NDArray[np.float64]:
     """Rate of each of n streams: the CU's cap and the fair share, whichever is less; rounded off near the knee."""
     total, cap = hbm_bytes_per_ns / 1000.0, cu_bytes_per_ns / 1000.0
     rates = [0.0]

@@ -169,7 +169,8 @@ class PushQueue(TicketQueue):
                 self._slots[slot] = (row, seen_ps, worker)
                 self._wake(slot)
 
-        appended = self._tail.add(*self._cost_ps, len(rows))
+        service_ps, latency_ps = self._cost_ps
+        appended = self._tail.add(service_ps, latency_ps, amount=len(rows))
         appended.callbacks.append(publish)
         return appended
 

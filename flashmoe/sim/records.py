@@ -15,9 +15,7 @@ from flashmoe.trace import TRACE_DTYPE
 RUN_COLUMNS = ("worker", "ready_ps", "asked_ps", "ticket_ps", "start_ps", "loaded_ps", "done_ps", "end_ps")
 
 
-def make_records(
-    table: TaskTable, layer: int, run: Mapping[str, NDArray[Any]], num_domains: int
-) -> NDArray[np.void]:
+def make_records(table: TaskTable, layer: int, run: Mapping[str, NDArray[Any]], num_domains: int) -> NDArray[np.void]:
     """(num_tasks,) TRACE_DTYPE in the table's order. run: (num_tasks,) each of RUN_COLUMNS."""
     tasks = table.tasks
     records = np.zeros(len(tasks), dtype=TRACE_DTYPE)

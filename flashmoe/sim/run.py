@@ -202,9 +202,7 @@ class _Run:
 
     def native_totals(self) -> Totals:
         shape, tiling = native_shape(self.model, self.parameters.num_pes), self.policy.tiling.native()
-        layers = [
-            _native.RoutedLayer(shape, tiling, list(routing.topk_idx), self.gate) for routing in self.routings
-        ]
+        layers = [_native.RoutedLayer(shape, tiling, list(routing.topk_idx), self.gate) for routing in self.routings]
         is_ranked = self.policy.rank is None
         if not is_ranked:
             for layer, table in zip(layers, self.tables(), strict=True):

@@ -97,7 +97,7 @@ class Worker:
             start_ps = self.pe.start_ps[self.index]
             if stage.before is not None:
                 yield stage.launched
-                start_ps += self.layer.gap_ps
+                start_ps += self.layer.gap_ps or 0
             if start_ps > 0:
                 yield self.env.timeout(start_ps)
             yield from self._get_core()
@@ -280,9 +280,7 @@ class Worker:
         end_ps = done_ps + layer.after_ps[row]
         if end_ps > env.now:
             yield env.timeout(end_ps - int(env.now))
-        layer.record(
-            row, (self.index, ready_ps, pick.asked_ps, pick.ticket_ps, start_ps, loaded_ps, done_ps, end_ps)
-        )
+        layer.record(row, (self.index, ready_ps, pick.asked_ps, pick.ticket_ps, start_ps, loaded_ps, done_ps, end_ps))
         appended = self.stage.queue.completed(self, self._signal(row))
         if appended is not None:
             yield appended
@@ -315,14 +313,14 @@ class Stage:
     def __init__(self, layer: Layer, pe: Pe, before: Stage | None) -> None:
         self.layer, self.pe, self.env, self.before = layer, pe, pe.env, before
         self.next: Stage | None = None
-        self.is_launch = before is None or layer.gap_ps is not None
+        self.is_launch: bool = before is None or layer.gap_ps is not None
         self.planned = int(layer.table.planned_event[pe.index])
-        self.entry = layer.first_entry + pe.index  # event: what the layer before left is there
+        self.entry: int = layer.first_entry + pe.index  # event: what the layer before left is there
         machine = pe.parameters.machine
-        self.near_ticket_ps = (machine.ticket_service_ps, machine.ticket_ps)
+        self.near_ticket_ps: tuple[int, int] = (machine.ticket_service_ps, machine.ticket_ps)
         far_ps = (machine.ticket_far_service_ps, machine.ticket_far_ps)
-        self.shared_ticket_ps = far_ps if pe.num_domains > 1 else self.near_ticket_ps
-        self.launched = pe.env.event()
+        self.shared_ticket_ps: tuple[int, int] = far_ps if pe.num_domains > 1 else self.near_ticket_ps
+        self.launched: simpy.Event = pe.env.event()
         self._arrived = 0
 
     def arrive(self) -> None:
@@ -418,7 +416,9 @@ class Layer:
 
     def make_records(self) -> NDArray[np.void]:
         """(n,) TRACE_DTYPE by row."""
-        run = np.array([self.records[row] for row in range(len(self.kind))], dtype=np.int64).reshape(-1, len(RUN_COLUMNS))
+        run = np.array([self.records[row] for row in range(len(self.kind))], dtype=np.int64).reshape(
+            -1, len(RUN_COLUMNS)
+        )
         columns = dict(zip(RUN_COLUMNS, run.T, strict=True))
         return make_records(self.table, self.number, columns, self._run.parameters.num_domains)
 
@@ -477,14 +477,9 @@ class Run:
             self._progress(self._tasks_done, self._num_tasks)
 
     def _deadlock(self) -> DeadlockError:
-        stuck = [
-            stuck_of(worker) for pe in self.pes for worker in pe.workers if worker.waits_for in ("inputs", "slot")
-        ]
+        stuck = [stuck_of(worker) for pe in self.pes for worker in pe.workers if worker.waits_for in ("inputs", "slot")]
         missing = [
-            (layer.number, row)
-            for layer in self.layers
-            for row in range(len(layer.kind))
-            if row not in layer.records
+            (layer.number, row) for layer in self.layers for row in range(len(layer.kind)) if row not in layer.records
         ]
         return DeadlockError(
             deadlock_message(

@@ -4,19 +4,24 @@ import numpy as np
 import pytest
 import simpy
 
-from flashmoe.sim.bandwidth import CappedSharing
+from flashmoe.sim.bandwidth import CappedSharing, ceil_ps
 
 
-def end_times_ps(total: float, cap: float, arrivals: list[tuple[int, float]]) -> list[int]:
+def fair_rates(total, cap, num_streams):
+    """The lesser of the cap and the fair share, of each of n streams [bytes/ps]; total, cap [bytes/ns]."""
+    return np.array([0.0] + [min(cap, total / n) / 1000 for n in range(1, num_streams + 1)])
+
+
+def end_times_ps(total, cap, arrivals):
     """When each stream ends; arrivals: (time [ps], bytes)."""
     env = simpy.Environment(0)
-    channel = CappedSharing(env, total, cap)
+    channel = CappedSharing(env, fair_rates(total, cap, len(arrivals)), 0)
     ends = [-1] * len(arrivals)
 
     def stream(index, at_ps, num_bytes):
         yield env.timeout(at_ps)
         done = env.event()
-        channel.start(num_bytes, done)
+        channel.start(num_bytes, done.succeed)
         yield done
         ends[index] = env.now
 
@@ -56,6 +61,7 @@ def test_a_stream_alone_again_after_an_idle_time():
 def test_fractions_of_a_picosecond_round_up_and_noise_does_not():
     assert end_times_ps(3, 3, [(0, 1.0)]) == [334]  # 333.33 ps
     assert end_times_ps(0.1, 0.1, [(0, 3.0)]) == [30_000]  # 3 / 0.1 * 1000 = 30000.000000000004 in float64
+    assert [ceil_ps(ps) for ps in (0.0, 0.0005, 0.5, 1.0, 1.0005, 1.5)] == [0, 0, 1, 1, 1, 2]
 
 
 def test_agrees_with_a_fluid_model_that_rescans_every_stream():
@@ -84,10 +90,26 @@ def test_agrees_with_a_fluid_model_that_rescans_every_stream():
     assert np.abs(np.array(end_times_ps(total, cap, arrivals)) - expected).max() < 60  # a ps lost at each rounding
 
 
-def test_load_is_the_share_of_bandwidth_in_use():
+def test_rates_may_be_anything():
     env = simpy.Environment(0)
-    channel = CappedSharing(env, 100.0, 20.0)
-    assert channel.load == 0.0
-    for expected in (0.2, 0.4, 0.6, 0.8, 1.0, 1.0):
-        channel.start(10.0, env.event())
-        assert channel.load == pytest.approx(expected)
+    channel = CappedSharing(env, np.array([0.0, 0.010, 0.002]), 0)  # two together get less than one alone
+    ends = {}
+    for name, num_bytes in (("short", 2.0), ("long", 4.0)):
+        channel.start(num_bytes, lambda name=name: ends.update({name: env.now}))
+    assert channel.num_streams == 2
+    env.run()
+    # 2 bytes at 2 bytes/ns; then the long one's other 2 bytes at 10
+    assert ends == {"short": 1_000, "long": 1_200}
+    assert channel.num_streams == 0
+
+
+def test_channels_come_first_by_rank_and_streams_that_end_together_in_the_order_of_their_start():
+    env = simpy.Environment(0)
+    channels = [CappedSharing(env, fair_rates(100, 1, 2), rank) for rank in (0, 1)]
+    order = []
+    env.timeout(5_000).callbacks.append(lambda _: order.append("timeout"))
+    for name, channel in (("b1", 1), ("b2", 1), ("a1", 0), ("a2", 0)):
+        channels[channel].start(5.0, lambda name=name: order.append(name))
+    env.run()
+    assert env.now == 5_000
+    assert order == ["a1", "a2", "b1", "b2", "timeout"]

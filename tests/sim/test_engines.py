@@ -1,17 +1,19 @@
-"""The SimPy engine on small tables: every time below is worked out by hand.
+"""Both engines on small tables: every time below is worked out by hand.
 
 The plain machine has no latency at all, and a byte of weights takes 100 ps through one CU (10 of 100 GB/s).
 """
 
 import numpy as np
 import pytest
-from sim.tables import HandPolicy, HandTable, plain_machine
+from sim.tables import HandPolicy, HandTable, plain_machine, run_engine
 
-from flashmoe.sim.simpy_engine import DeadlockError, run_simpy
+from flashmoe.sim import ENGINES, DeadlockError
 
 
-def run(table, machine=None, workers=1, lists=None, **policy):
-    return run_simpy(table, machine or plain_machine(), HandPolicy(**policy), workers, lists)
+@pytest.fixture(params=list(ENGINES))
+def run(request):
+    """Runs a table on an engine: run(table, machine, workers, lists, pe_speed=..., queue=..., look_ahead=...)."""
+    return lambda *arguments, **options: run_engine(request.param, *arguments, **options)
 
 
 def streams(sizes, num_pes=1):
@@ -29,7 +31,7 @@ def order_of(records):
 
 
 @pytest.mark.parametrize("queue", ["ticket", "domain", "static"])
-def test_one_worker_takes_the_sum_of_its_tasks(queue):
+def test_one_worker_takes_the_sum_of_its_tasks(run, queue):
     records = run(streams([10, 20, 30]), queue=queue)
     assert records["start_ps"].tolist() == [0, 1_000, 3_000]
     assert records["end_ps"].tolist() == [1_000, 3_000, 6_000]
@@ -38,24 +40,24 @@ def test_one_worker_takes_the_sum_of_its_tasks(queue):
 
 @pytest.mark.parametrize("queue", ["ticket", "static"])
 @pytest.mark.parametrize(("num_tasks", "workers"), [(1, 4), (8, 4), (9, 4), (12, 5)])
-def test_identical_tasks_take_whole_rounds(queue, num_tasks, workers):
+def test_identical_tasks_take_whole_rounds(run, queue, num_tasks, workers):
     records = run(streams([10] * num_tasks), workers=workers, queue=queue)
     assert records["end_ps"].max() == -(-num_tasks // workers) * 1_000
 
 
-def test_more_workers_than_the_memory_feeds_share_it():
+def test_more_workers_than_the_memory_feeds_share_it(run):
     # 20 workers at 10 GB/s would need 200 of 100 GB/s: each gets 5, so 10 bytes take 2 ns
     assert run(streams([10] * 20), workers=20)["end_ps"].tolist() == [2_000] * 20
 
 
-def test_pes_have_their_own_memory_unless_they_share_a_host():
+def test_pes_have_their_own_memory_unless_they_share_a_host(run):
     apart = run(streams([10] * 10, num_pes=2), workers=10)
     assert set(apart["end_ps"].tolist()) == {1_000}
     together = run(streams([10] * 10, num_pes=2), host(num_cores=20), workers=10)
     assert set(together["end_ps"].tolist()) == {2_000}
 
 
-def test_a_task_takes_the_slower_of_weights_and_arithmetic_then_its_fixed_part():
+def test_a_task_takes_the_slower_of_weights_and_arithmetic_then_its_fixed_part(run):
     table = HandTable()
     table.task("up", weights=10, flops=3)  # 1 ns of weights, 3 ns of arithmetic
     table.task("up", weights=50, flops=3, io=4)  # 5 ns of weights, 4 ns of activations
@@ -63,7 +65,7 @@ def test_a_task_takes_the_slower_of_weights_and_arithmetic_then_its_fixed_part()
     assert records["end_ps"].tolist() == [3_070, 8_140]
 
 
-def test_the_next_weights_stream_while_a_task_runs():
+def test_the_next_weights_stream_while_a_task_runs(run):
     table = HandTable()
     table.task("up", weights=10, flops=3)
     table.task("up", weights=50, flops=3, io=4)
@@ -88,31 +90,96 @@ def arithmetic(flops):
     return table
 
 
-def test_workers_without_a_core_wait_for_one():
+def test_workers_without_a_core_wait_for_one(run):
     assert run(arithmetic([2, 2]), host(), workers=2)["end_ps"].tolist() == [2_000, 4_000]
     assert run(arithmetic([2, 2]), host(num_cores=2), workers=2)["end_ps"].tolist() == [2_000, 2_000]
 
 
-def test_a_worker_keeps_its_core_for_a_slice():
+def test_a_worker_keeps_its_core_for_a_slice(run):
     # worker 0 has tasks 0 and 2
     assert run(arithmetic([2] * 4), host(slice_ps=1_000), workers=2)["end_ps"].tolist() == [2_000, 4_000, 6_000, 8_000]
     assert run(arithmetic([2] * 4), host(slice_ps=5_000), workers=2)["end_ps"].tolist() == [2_000, 6_000, 4_000, 8_000]
 
 
-def test_who_waits_for_an_input_needs_no_core():
+def test_who_waits_for_an_input_needs_no_core(run):
     records = run(waiting_table(), host(signal_ps=500), workers=2)
     # 5 ns of up; then the input is seen; 3 ns of weights, which nobody loaded before
     assert records["start_ps"].tolist() == [0, 5_500]
     assert records["end_ps"].tolist() == [5_000, 8_500]
 
 
-def test_bookkeeping_lies_between_tasks():
+def test_bookkeeping_lies_between_tasks(run):
     assert run(arithmetic([1, 1]), host(gap_ps=100))["start_ps"].tolist() == [0, 1_100]
 
 
-def test_workers_start_one_after_the_other():
-    records = run(arithmetic([1, 1, 1]), plain_machine(launch_step_ps=50), workers=3)
-    assert records["start_ps"].tolist() == [0, 50, 100]
+def test_workers_start_domain_by_domain_and_one_after_the_other(run):
+    machine = plain_machine(num_domains=2, launch_ps=700, launch_domain_ps=40, launch_step_ps=100)
+    records = run(arithmetic([1] * 5), machine, workers=5)
+    # workers 0, 2, 4 are domain 0, workers 1, 3 domain 1
+    assert records["start_ps"].tolist() == [700, 740, 800, 840, 900]
+    assert records["domain"].tolist() == [0, 1, 0, 1, 0]
+
+
+# --- what a task costs
+
+
+def test_matrix_tiles_are_padded(run):
+    table = HandTable()
+    table.task("up", tokens=3, rows=5, flops=3 * 5 * 4)
+    table.task("gate", tokens=3, flops=60)  # no matrix product
+    # 4 x 8 of 3 x 5 cells, 4 operations each
+    assert run(table, plain_machine(matrix_tokens=4, matrix_rows=8))["end_ps"].tolist() == [128_000, 188_000]
+
+
+def test_a_slow_pe_streams_and_computes_slowly_and_sends_as_fast_as_others(run):
+    table = HandTable(num_pes=2)
+    for pe in (0, 1):
+        table.task("dispatch", pe=pe, flops=3, signals=((table.plan(1 - pe), 8),))
+        table.task("gate", pe=pe, weights=10)
+    machine = plain_machine(dispatch_overhead_ps=100, store_bytes_per_ns=4.0, ticket_service_ps=7, prefetch=False)
+    records = run(table, machine, workers=1, queue="ticket", pe_speed=[0.5, 1.0])
+    durations = records["end_ps"] - records["start_ps"]
+    assert durations.tolist() == [6_000 + 200 + 2_000, 2_000, 3_000 + 100 + 2_000, 1_000]
+    assert records["ticket_ps"].tolist() == [7, 8_214, 7, 5_114]
+
+
+def test_the_parts_of_a_task_are_in_its_record(run):
+    table = HandTable(num_pes=2)
+    gated = table.event("gated")
+    table.task("gate", flops=3, signals=(gated,))
+    table.task("dispatch", weights=20, flops=5, waits=(gated,), signals=((table.plan(1), 8),))
+    machine = plain_machine(prefetch=False, ticket_service_ps=7, dispatch_overhead_ps=100, store_bytes_per_ns=4.0)
+    dispatch = run(table, machine, queue="ticket")[1]
+    # asked for at 3007, there at 3014; 2 ns of weights beside 5 of arithmetic, 100 ps, 2 ns of stores
+    columns = ("asked_ps", "ticket_ps", "ready_ps", "start_ps", "loaded_ps", "done_ps", "end_ps")
+    assert [int(dispatch[name]) for name in columns] == [3_007, 3_014, 3_007, 3_014, 5_014, 8_014, 10_114]
+
+
+def test_jitter_belongs_to_the_task_whoever_runs_it(run):
+    machine = plain_machine(jitter=0.5, gate_overhead_ps=0)
+    table = arithmetic([1000] * 40)
+    alone = run(table, machine, workers=1)
+    crowd = run(table, machine, workers=7, queue="ticket")
+    durations = alone["end_ps"] - alone["start_ps"]
+    assert durations.tolist() == (crowd["end_ps"] - crowd["start_ps"]).tolist()
+    assert len(set(durations.tolist())) > 30
+
+
+def test_jitter_has_the_mean_that_it_is_said_to_have(run):
+    records = run(arithmetic([1000] * 4000), plain_machine(jitter=0.3), workers=100)
+    factors = (records["done_ps"] - records["start_ps"]) / 1e6
+    # standard errors: of the mean 0.31 / sqrt(4000) = 0.005, of the deviation 0.3 / sqrt(8000) = 0.0034
+    assert factors.mean() == pytest.approx(1.0, abs=0.015)
+    assert np.log(factors).std() == pytest.approx(0.3, abs=0.012)
+
+
+def test_a_stall_is_extra_time(run):
+    certain = run(arithmetic([2, 3]), plain_machine(stall_probability=1.0, stall_ps=500))
+    assert certain["end_ps"].tolist() == [2_500, 6_000]
+    records = run(arithmetic([1] * 2000), plain_machine(stall_probability=0.1, stall_ps=500), workers=10)
+    stalled = (records["end_ps"] - records["start_ps"]) == 1_500
+    assert set((records["end_ps"] - records["start_ps"]).tolist()) == {1_000, 1_500}
+    assert stalled.mean() == pytest.approx(0.1, abs=0.03)  # standard error 0.007
 
 
 # --- waiting
@@ -127,24 +194,69 @@ def waiting_table():
     return table
 
 
-def test_weights_stream_while_the_inputs_are_waited_for():
+def test_weights_stream_while_the_inputs_are_waited_for(run):
     records = run(waiting_table(), plain_machine(signal_ps=500), workers=2)
     down = records[1]
     assert (down["ticket_ps"], down["ready_ps"], down["start_ps"]) == (0, 5_500, 5_500)
     assert down["end_ps"] == 6_500  # its 3 ns of weights were there long ago
 
 
-def test_without_prefetch_weights_wait_for_the_inputs():
+def test_without_prefetch_weights_wait_for_the_inputs(run):
     records = run(waiting_table(), plain_machine(signal_ps=500, prefetch=False), workers=2)
     assert records["end_ps"].tolist() == [5_000, 8_500]
 
 
-def test_a_worker_sees_its_own_signals_at_once():
+def test_a_worker_sees_its_own_signals_at_once(run):
     records = run(waiting_table(), plain_machine(signal_ps=500), workers=1)
     assert records["ready_ps"][1] == records["start_ps"][1] == 5_000
 
 
-def test_signals_take_longer_while_memory_is_busy():
+def test_signals_are_seen_sooner_in_the_own_domain(run):
+    table = HandTable()
+    ready = table.event("upped")
+    table.task("up", flops=5, signals=(ready,))
+    for _ in range(3):
+        table.task("down", flops=1, waits=(ready,))
+    # workers 0 and 2 are of one domain, 1 and 3 of the other
+    records = run(table, plain_machine(num_domains=2, signal_ps=900, signal_near_ps=300), workers=4)
+    assert records["ready_ps"].tolist() == [0, 5_900, 5_300, 5_900]
+    assert records["start_ps"].tolist() == [0, 5_900, 5_300, 5_900]
+
+
+@pytest.mark.parametrize(
+    ("signal_ps", "seen_ps"),
+    [
+        (400, 6_000),  # the other domain's signal has landed: the own one is seen at once
+        (2_000, 7_000),  # it is still on its way
+    ],
+)
+def test_an_own_signal_is_not_enough_while_another_is_on_its_way(run, signal_ps, seen_ps):
+    table = HandTable()
+    ready = table.event("upped")
+    table.task("up", flops=5, signals=(ready,))
+    table.task("up", flops=6, signals=(ready,))
+    table.task("down", flops=1, waits=(ready,))
+    lists = [[[0], [1, 2]]]
+    machine = plain_machine(num_domains=2, signal_ps=signal_ps, signal_near_ps=100)
+    records = run(table, machine, workers=2, queue="replay", lists=lists)
+    assert records["ready_ps"][2] == records["start_ps"][2] == seen_ps
+
+
+def test_a_signal_is_seen_when_the_last_one_lands_whichever_was_made_last(run):
+    table = HandTable(num_pes=2)
+    result = table.event("result", 0)
+    table.task("up", pe=0, flops=5, signals=(result,))
+    table.task("combine", pe=0, flops=1, waits=(result,))
+    table.task("down", pe=1, flops=2, signals=((result, 10),))
+    # the down is over at 2 ns and its message lands at 2 + 10 + 3; the own signal, of 5 ns, is seen at once
+    records = run(table, plain_machine(put_ps=3_000, signal_ps=700), workers=1)
+    assert records["start_ps"][1] == records["ready_ps"][1] == 15_000
+    # a faster link: it lands at 2.1 ns
+    records = run(table, plain_machine(link_bytes_per_ns=100.0, signal_ps=700), workers=1)
+    assert records["start_ps"][1] == 5_000
+
+
+def test_signals_take_longer_while_memory_is_busy(run):
     table = waiting_table()
     table.task("up", weights=1000)
     # the waiting task's own weights are there by then: one stream of 10 GB/s runs when the signal leaves
@@ -152,7 +264,7 @@ def test_signals_take_longer_while_memory_is_busy():
     assert records["ready_ps"][1] == 5_000 + 1_400  # 1 + 4 * 10 % of the memory's bandwidth
 
 
-def test_weights_of_later_stages_wait_for_the_plan_and_those_of_stage_a_do_not():
+def test_weights_of_later_stages_wait_for_the_plan_and_those_of_stage_a_do_not(run):
     table = HandTable()
     routed = table.event("routed")
     table.task("route", flops=4, signals=(routed, table.plan()))
@@ -162,7 +274,7 @@ def test_weights_of_later_stages_wait_for_the_plan_and_those_of_stage_a_do_not()
     assert records["end_ps"].tolist() == [4_000, 4_000, 6_000]
 
 
-def test_a_worker_streams_for_one_task_at_a_time():
+def test_a_worker_streams_for_one_task_at_a_time(run):
     table = HandTable()
     routed = table.event("routed")
     table.task("route", flops=1, signals=(routed,))
@@ -173,7 +285,7 @@ def test_a_worker_streams_for_one_task_at_a_time():
     assert records["end_ps"].tolist() == [1_000, 2_000, 4_000]
 
 
-def test_a_chain_runs_in_order_without_returning_to_the_queue():
+def test_a_chain_runs_in_order_without_returning_to_the_queue(run):
     table = HandTable()
     first, second = table.event("upped"), table.event("upped")
     table.task("up", flops=1, signals=(first,))
@@ -190,26 +302,26 @@ def test_a_chain_runs_in_order_without_returning_to_the_queue():
 # --- queues
 
 
-def test_a_ticket_counter_serves_one_worker_at_a_time():
+def test_a_ticket_counter_serves_one_worker_at_a_time(run):
     machine = plain_machine(ticket_service_ps=100, ticket_ps=30)
     records = run(streams([10] * 4), machine, workers=4, queue="ticket")
     assert records["ticket_ps"].tolist() == [130, 230, 330, 430]
 
 
-def test_a_counter_shared_by_domains_has_its_own_cost():
+def test_a_counter_shared_by_domains_has_its_own_cost(run):
     machine = plain_machine(num_domains=2, ticket_far_service_ps=200, ticket_far_ps=5)
     assert run(streams([10] * 2), machine, workers=2, queue="ticket")["ticket_ps"].tolist() == [205, 405]
     # a single worker makes a single domain
     assert run(streams([10]), machine, workers=1, queue="ticket")["ticket_ps"].tolist() == [0]
 
 
-def test_static_gives_every_wth_task_to_a_worker():
+def test_static_gives_every_wth_task_to_a_worker(run):
     records = run(streams([10, 50, 10, 10, 10]), workers=2, queue="static")
     assert records["worker"].tolist() == [0, 1, 0, 1, 0]
     assert records["start_ps"].tolist() == [0, 0, 1_000, 5_000, 2_000]
 
 
-def test_domains_own_every_dth_task_and_steal_from_the_next_when_done():
+def test_domains_own_every_dth_task_and_steal_from_the_next_when_done(run):
     machine = plain_machine(num_domains=2, ticket_service_ps=0, ticket_far_service_ps=100)
     # Domain 0 owns tasks 0 2 4 6 (worker 0), domain 1 owns 1 3 5 (worker 1). Worker 1 ends its three at 3 ns,
     # finds its counter exhausted and steals task 2 (for 100 ps) from worker 0, at task 0 until 10 ns; and on.
@@ -219,7 +331,7 @@ def test_domains_own_every_dth_task_and_steal_from_the_next_when_done():
     assert records["ticket_ps"].tolist() == [0, 0, 3_100, 1_000, 4_200, 2_000, 5_300]
 
 
-def test_stealing_goes_to_the_next_domain_not_to_the_first():
+def test_stealing_goes_to_the_next_domain_not_to_the_first(run):
     machine = plain_machine(num_domains=3)
     # each domain owns two tasks; the worker of domain 1 is done at 1 ns and robs domain 2 before domain 0
     records = run(streams([100, 5, 100, 10, 5, 10]), machine, workers=3, queue="domain")
@@ -227,7 +339,7 @@ def test_stealing_goes_to_the_next_domain_not_to_the_first():
     assert records["start_ps"].tolist() == [0, 0, 0, 2_000, 500, 1_000]
 
 
-def test_replay_follows_its_lists():
+def test_replay_follows_its_lists(run):
     records = run(streams([10] * 4), workers=2, queue="replay", lists=[[[3, 0], [2, 1]]])
     assert records["worker"].tolist() == [0, 1, 1, 0]
     assert records["start_ps"].tolist() == [1_000, 1_000, 0, 0]
@@ -247,12 +359,12 @@ def look_ahead_table():
     return table
 
 
-def test_without_look_ahead_a_worker_waits_for_its_oldest_pick():
+def test_without_look_ahead_a_worker_waits_for_its_oldest_pick(run):
     records = run(look_ahead_table(), workers=2, queue="ticket")
     assert records["start_ps"].tolist() == [0, 9_000, 9_000, 10_000]
 
 
-def test_look_ahead_runs_what_is_ready_meanwhile():
+def test_look_ahead_runs_what_is_ready_meanwhile(run):
     records = run(look_ahead_table(), plain_machine(prefetch=False), workers=2, queue="ticket", look_ahead=1)
     assert records["worker"].tolist() == [0, 1, 1, 1]
     # worker 1 holds the route from 0 on, takes the gate, and once that is done the up
@@ -260,7 +372,7 @@ def test_look_ahead_runs_what_is_ready_meanwhile():
     assert records["start_ps"].tolist() == [0, 9_000, 0, 1_000]
 
 
-def test_the_oldest_ready_pick_goes_first():
+def test_the_oldest_ready_pick_goes_first(run):
     table = HandTable()
     first, second = table.event("gated"), table.event("gated")
     table.task("gate", flops=5, signals=(first, second))
@@ -271,7 +383,7 @@ def test_the_oldest_ready_pick_goes_first():
     assert records["start_ps"].tolist() == [0, 6_000, 7_000, 5_000]
 
 
-def test_who_waits_for_another_pe_takes_no_more():
+def test_who_waits_for_another_pe_takes_no_more(run):
     table = HandTable()
     gated = table.event("gated")
     table.task("gate", flops=9, signals=(gated,))
@@ -281,7 +393,7 @@ def test_who_waits_for_another_pe_takes_no_more():
     assert records["start_ps"].tolist() == [0, 9_000, 9_000]
 
 
-def test_a_down_that_cannot_be_decoded_yet_takes_no_more():
+def test_a_down_that_cannot_be_decoded_yet_takes_no_more(run):
     table = HandTable()
     upped = table.event("upped")
     table.task("route", flops=9, signals=(table.plan(),))
@@ -314,12 +426,12 @@ def push_table():
     return table
 
 
-def test_push_with_one_worker_runs_in_the_order_of_pushing():
+def test_push_with_one_worker_runs_in_the_order_of_pushing(run):
     machine = plain_machine(signal_ps=10**6)  # a worker needs no signal to see its own slots
     assert order_of(run(push_table(), machine, queue="push")) == list(range(10))
 
 
-def test_push_pays_a_fetch_and_add_for_each_append_and_each_ticket():
+def test_push_pays_a_fetch_and_add_for_each_append_and_each_ticket(run):
     machine = plain_machine(ticket_service_ps=100, ticket_ps=20)
     records = run(push_table(), machine, queue="push")
     # one append for both tasks at launch, then the ticket
@@ -328,7 +440,7 @@ def test_push_pays_a_fetch_and_add_for_each_append_and_each_ticket():
     assert records["ticket_ps"][1] == 1_480
 
 
-def test_push_shows_a_slot_to_other_workers_a_signal_later():
+def test_push_shows_a_slot_to_other_workers_a_signal_later(run):
     table = HandTable()
     table.task("gate", flops=9)
     table.task("gate", flops=1)
@@ -338,7 +450,7 @@ def test_push_shows_a_slot_to_other_workers_a_signal_later():
     assert records["start_ps"].tolist() == [700, 0]
 
 
-def test_push_appends_ready_groups_in_sequence_only():
+def test_push_appends_ready_groups_in_sequence_only(run):
     table = HandTable()
     results = [table.event("result") for _ in range(2)]
     table.task("route", flops=1, signals=(table.plan(),))
@@ -351,7 +463,7 @@ def test_push_appends_ready_groups_in_sequence_only():
     assert records["start_ps"].tolist() == [0, 1_000, 1_000, 10_000, 10_000]
 
 
-def test_push_by_rows_appends_the_chains_with_the_plan():
+def test_push_by_rows_appends_the_chains_with_the_plan(run):
     table = HandTable(down="rows")
     upped = [table.event("upped") for _ in range(2)]
     table.task("route", flops=1, signals=(table.plan(),))
@@ -367,7 +479,7 @@ def test_push_by_rows_appends_the_chains_with_the_plan():
 # --- several PEs
 
 
-def test_a_put_holds_its_worker_and_its_link_and_lands_later():
+def test_a_put_holds_its_worker_and_its_link_and_lands_later(run):
     table = HandTable(num_pes=2)
     table.task("dispatch", pe=0, signals=((table.plan(1), 100),), peer=1)
     table.task("dispatch", pe=0, signals=((table.plan(1), 100),), peer=1)
@@ -381,7 +493,19 @@ def test_a_put_holds_its_worker_and_its_link_and_lands_later():
     assert records["peer"].tolist() == [1, 1, -1]
 
 
-def test_empty_pes_are_fine():
+def test_messages_of_one_pe_share_its_port(run):
+    table = HandTable(num_pes=3)
+    for peer in (1, 2):
+        table.task("dispatch", pe=0, signals=((table.plan(peer), 100),), peer=peer)
+    for pe in (1, 2):
+        table.task("up", pe=pe, flops=1, waits=(table.plan(pe),))
+    machine = plain_machine(link_bytes_per_ns=2.0, port_bytes_per_ns=4.0, put_ps=1_000)
+    records = run(table, machine, workers=2)
+    # 100 bytes: 25 ns at a port, 50 on a link; the second head leaves when the port is done with the first message
+    assert records["ready_ps"].tolist()[2:] == [51_000, 76_000]
+
+
+def test_empty_pes_are_fine(run):
     assert len(run(HandTable(num_pes=2), workers=2, queue="push")) == 0
 
 
@@ -389,7 +513,7 @@ def test_empty_pes_are_fine():
 
 
 @pytest.mark.parametrize("queue", ["ticket", "static", "domain"])
-def test_a_deadlock_names_worker_task_and_event(queue):
+def test_a_deadlock_names_worker_task_and_event(run, queue):
     table = HandTable()
     never = table.event("upped")
     table.task("down", waits=(never,), chain=1)
@@ -402,12 +526,12 @@ def test_a_deadlock_names_worker_task_and_event(queue):
         run(table, queue=queue)
 
 
-def test_a_replay_list_that_lacks_a_task_ends_with_its_name():
+def test_a_replay_list_that_lacks_a_task_ends_with_its_name(run):
     with pytest.raises(DeadlockError, match="nobody took task 1 of PE 0: up"):
         run(streams([10, 10]), queue="replay", lists=[[[0]]])
 
 
-def test_a_push_queue_that_is_never_filled_names_the_slot():
+def test_a_push_queue_that_is_never_filled_names_the_slot(run):
     table = HandTable()
     never = table.event("upped")
     table.task("up", waits=(table.plan(), never), signals=(never,))
@@ -417,19 +541,53 @@ def test_a_push_queue_that_is_never_filled_names_the_slot():
         run(table, queue="push", workers=2)
 
 
-def test_a_task_replayed_twice_does_not_hang():
-    assert len(run(streams([10, 10]), queue="replay", lists=[[[0, 0, 1]]])) == 2
+def test_a_task_replayed_twice_does_not_hang(run):
+    records = run(streams([10, 10]), queue="replay", lists=[[[0, 0, 1]]])
+    assert records["end_ps"].tolist() == [2_000, 3_000]  # the record is that of the second time
 
 
-def test_unknown_queues_and_wrong_lists_are_refused():
+def test_unknown_queues_and_wrong_lists_are_refused(run):
     with pytest.raises(ValueError, match=r"unknown queue 'stack' \(queues: push, ticket, domain, static, rep"):
         run(streams([10]), queue="stack")
     with pytest.raises(ValueError, match="replay on PE 0 has 1 lists"):
         run(streams([10]), workers=2, queue="replay", lists=[[[0]]])
 
 
-def test_progress_is_called_while_running():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_progress_is_called_while_running(engine):
     calls = []
-    table = streams([10] * 1200)
-    run_simpy(table, plain_machine(), HandPolicy(), 2, progress=lambda *counts: calls.append(counts))
-    assert calls == [(500, 1200), (1000, 1200)]
+    table = streams([10] * 70_000 if engine == "native" else [10] * 1_200)
+    ENGINES[engine](table, plain_machine(), HandPolicy(), 2, progress=lambda *counts: calls.append(counts))
+    # the native engine is fast enough to do without for long
+    assert calls == ([(65_536, 70_000)] if engine == "native" else [(500, 1_200), (1_000, 1_200)])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_progress_may_stop_a_run(engine):
+    def stop(done, total):
+        raise KeyboardInterrupt(f"{done} of {total}")
+
+    table = streams([10] * 70_000 if engine == "native" else [10] * 600)
+    with pytest.raises(KeyboardInterrupt, match=r"^(65536 of 70000|500 of 600)$"):
+        ENGINES[engine](table, plain_machine(), HandPolicy(), 2, progress=stop)
+
+
+def test_a_deadlock_names_what_is_missing_and_not_what_has_come_meanwhile(run):
+    table = HandTable()
+    soon, never = table.event("upped"), table.event("upped")
+    table.task("up", flops=5, signals=(soon,))
+    table.task("down", waits=(never, soon))
+    table.task("down", signals=(never,), waits=(never,))
+    message = r"PE 0 worker 1 holds task 1 of PE 0: down, which waits for upped event 2 on PE 0: seen 0, wanted 1\n"
+    with pytest.raises(DeadlockError, match=message):
+        run(table, workers=3)
+
+
+def test_tasks_that_took_no_time_have_run(run):
+    with pytest.raises(DeadlockError, match=r"1 of 2 tasks have not run\n  nobody took task 1 of PE 0: up$"):
+        run(arithmetic([0, 0]), queue="replay", lists=[[[0]]])
+
+
+def test_a_task_that_ran_twice_does_not_make_up_for_one_that_did_not(run):
+    with pytest.raises(DeadlockError, match="nobody took task 1 of PE 0: up"):
+        run(streams([10, 10]), queue="replay", lists=[[[0, 0]]])
