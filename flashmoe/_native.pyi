@@ -103,6 +103,7 @@ class RoutedLayer(LayerSource):
 class ListedLayer(LayerSource):
     def __init__(self, table: dict[str, Any]) -> None: ...
 
+def priority_queue_loop(num_tasks: int, num_workers: int) -> float: ...
 def run_layers(
     parameters: dict[str, Any],
     layers: list[LayerSource],

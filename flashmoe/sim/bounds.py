@@ -1,4 +1,4 @@
-"""Times that no schedule of a task table can beat on a machine. `hip_src/engine/bounds.hpp` does the same by classes."""
+"""Times that no schedule can beat on a machine, task by task. `hip_src/engine/bounds.hpp` does the same by classes."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -88,46 +89,13 @@ def run_layers(
 
 
 def _parameters(parameters: Parameters) -> dict[str, Any]:
+    """What `make_parameters` in engine_module.cpp reads."""
     machine = parameters.machine
-    by_name = [
-        "num_cores",
-        "prefetch",
-        "matrix_tokens",
-        "matrix_rows",
-        "hbm_bytes_per_ns",
-        "cu_bytes_per_ns",
-        "cu_flops_per_ns",
-        "cache_bytes_per_ns",
-        "store_bytes_per_ns",
-        "link_bytes_per_ns",
-        "port_bytes_per_ns",
-        "ticket_ps",
-        "ticket_far_ps",
-        "ticket_service_ps",
-        "ticket_far_service_ps",
-        "put_ps",
-        "link_message_ps",
-        "gap_ps",
-        "slice_ps",
-        "stall_ps",
-    ]
-    resolved = [
-        "num_pes",
-        "num_workers",
-        "num_domains",
-        "seed",
-        "stall_threshold",
-        "jitters",
-        "speeds",
-        "start_ps",
-        "rates",
-        "far_ps",
-        "near_ps",
-        "quantiles",
-    ]
     return {
-        **{name: getattr(machine, name) for name in by_name},
-        **{name: getattr(parameters, name) for name in resolved},
+        **machine.to_dict(),
+        **{field.name: getattr(parameters, field.name) for field in fields(parameters)},
+        "num_domains": parameters.num_domains,
+        "jitters": parameters.jitters,
         "overhead_ps": [float(machine.overhead_ps(kind)) for kind in KINDS],
     }
 

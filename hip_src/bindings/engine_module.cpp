@@ -4,8 +4,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <memory>
 #include <optional>
+#include <queue>
 
 #include "bounds.hpp"
 #include "engine.hpp"
@@ -28,7 +30,9 @@ std::vector<T> to_vector(const py::handle& values) {
 //! Keys are those of flashmoe.sim.native_engine.
 Parameters make_parameters(const py::dict& given) {
   Parameters p{};
-  auto number = [&](const char* key, auto& field) { field = py::cast<std::decay_t<decltype(field)>>(given[key]); };
+  auto number = [&](const char* key, auto& field) {
+    field = py::cast<std::decay_t<decltype(field)>>(given[key]);
+  };
   number("num_pes", p.num_pes);
   number("num_workers", p.num_workers);
   number("num_domains", p.num_domains);
@@ -167,8 +171,12 @@ class ListedLayer : public LayerSource {
       signals.clear();
       for (u64 i = signal_ptr_[row]; i < signal_ptr_[row + 1]; ++i)
         signals.push_back(SignalTo{signal_event_[i], event_pe_[signal_event_[i]], signal_bytes_[i]});
-      const Amounts amounts{static_cast<TaskKind>(kind_[row]), num_tokens_[row], num_rows_[row],
-                            weight_bytes_[row],               io_bytes_[row],   flops_[row],
+      const Amounts amounts{static_cast<TaskKind>(kind_[row]),
+                            num_tokens_[row],
+                            num_rows_[row],
+                            weight_bytes_[row],
+                            io_bytes_[row],
+                            flops_[row],
                             0};
       g.add_rows(pe_[row], g.add_class(pe_[row], amounts, waits, signals, p), 1);
     }
@@ -178,8 +186,8 @@ class ListedLayer : public LayerSource {
 
  private:
   bool by_rows_;
-  std::vector<u32> pe_, kind_, num_tokens_, num_rows_, chain_, first_, first_id_, event_target_, planned_event_,
-      wait_event_, signal_event_;
+  std::vector<u32> pe_, kind_, num_tokens_, num_rows_, chain_, first_, first_id_, event_target_,
+      planned_event_, wait_event_, signal_event_;
   std::vector<u16> event_pe_;
   std::vector<u64> weight_bytes_, io_bytes_, flops_, wait_ptr_, signal_ptr_, signal_bytes_;
 };
@@ -221,7 +229,8 @@ py::dict result_dict(const Result& r) {
     py::list inputs;
     for (const Stuck::Input& i : s.inputs) inputs.append(py::make_tuple(i.row, i.event, i.seen, i.wanted));
     stuck.append(py::make_tuple(s.pe, s.worker, s.layer,
-                                s.slot == none ? py::object(py::none()) : py::object(py::int_(s.slot)), inputs));
+                                s.slot == none ? py::object(py::none()) : py::object(py::int_(s.slot)),
+                                inputs));
   }
   result["stuck"] = stuck;
   result["not_taken"] = r.not_taken;
@@ -267,6 +276,27 @@ py::dict run_layers(const py::dict& given, const std::vector<std::shared_ptr<Lay
   return answer;
 }
 
+//! Seconds that a bare loop over std::priority_queue takes: workers that each hold a task for a time, then
+//! take the next. What an engine can be compared with on the machine at hand.
+double priority_queue_loop(u64 num_tasks, u32 num_workers) {
+  const auto begin = std::chrono::steady_clock::now();
+  using Event = std::pair<i64, u32>;
+  std::priority_queue<Event, std::vector<Event>, std::greater<>> events;
+  u64 key = 1, taken = 0;
+  auto take = [&](i64 now, u32 worker) {
+    key = mixed(key + golden);
+    events.emplace(now + 1'000'000 + static_cast<i64>(key >> 46), worker);
+    ++taken;
+  };
+  for (u32 worker = 0; worker < num_workers && taken < num_tasks; ++worker) take(0, worker);
+  while (!events.empty()) {
+    const Event event = events.top();
+    events.pop();
+    if (taken < num_tasks) take(event.first, event.second);
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 }  // namespace
 
 void bind_engine(py::module_& module) {
@@ -275,10 +305,12 @@ void bind_engine(py::module_& module) {
       .def_readwrite("ids_by_rank", &LayerSource::ids_by_rank)
       .def_readwrite("ids_by_worker", &LayerSource::ids_by_worker);
   py::class_<RoutedLayer, LayerSource, std::shared_ptr<RoutedLayer>>(module, "RoutedLayer")
-      .def(py::init<const Shape&, const Tiling&, const std::vector<Array<std::int32_t>>&, bool>(), py::arg("shape"),
-           py::arg("tiling"), py::arg("topk_idx"), py::arg("gate_inside"));
+      .def(py::init<const Shape&, const Tiling&, const std::vector<Array<std::int32_t>>&, bool>(),
+           py::arg("shape"), py::arg("tiling"), py::arg("topk_idx"), py::arg("gate_inside"));
   py::class_<ListedLayer, LayerSource, std::shared_ptr<ListedLayer>>(module, "ListedLayer")
       .def(py::init<const py::dict&>(), py::arg("table"));
+  module.def("priority_queue_loop", &priority_queue_loop, py::arg("num_tasks"), py::arg("num_workers"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("run_layers", &run_layers, py::arg("parameters"), py::arg("layers"), py::arg("queue"),
              py::arg("order"), py::arg("look_ahead"), py::arg("gap_ps"), py::arg("keep_records"),
              py::arg("with_bounds"), py::arg("progress"));

@@ -29,7 +29,8 @@ class BoundsOf {
 
   void add(const LayerGraph& g) {
     if (num_layers_ == 0 || !pipelined_) {
-      for (double& entry : entry_ps_) entry += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
+      for (double& entry : entry_ps_)
+        entry += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
       idle_ps_ += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
     }
     ++num_layers_;
@@ -121,15 +122,16 @@ class BoundsOf {
     return static_cast<double>(std::max(stream_ps(c, pe), c.cost.compute_ps) + after_ps(c));
   }
 
-  //! Earliest end of every class with unlimited workers. Signals inside a PE cost nothing: one worker may run both
-  //! ends. Kinds in the order of the stages are in topological order, on all PEs.
+  //! Earliest end of every class with unlimited workers. Signals inside a PE cost nothing: one worker may run
+  //! both ends. Kinds in the order of the stages are in topological order, on all PEs.
   void follow_dependences(const LayerGraph& g) {
     event_ps_.assign(g.event_target.size(), 0.0);
     end_ps_.assign(g.classes.size(), 0.0);
     weights_ps_.assign(g.classes.size(), 0.0);
     std::vector<double> outputs_ps = entry_ps_, all_ps = entry_ps_;
     for (auto& numbers : by_kind_) numbers.clear();
-    for (u32 number = 0; number < g.classes.size(); ++number) by_kind_[g.classes[number].kind].push_back(number);
+    for (u32 number = 0; number < g.classes.size(); ++number)
+      by_kind_[g.classes[number].kind].push_back(number);
     // in a chain, each task after the one before it
     auto& downs = by_kind_[static_cast<u32>(TaskKind::down)];
     if (g.by_rows) {
@@ -170,9 +172,9 @@ class BoundsOf {
                                                     : p_.link_bytes_per_ns;
     for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
       const SignalTo& to = g.signals[s];
-      const double trip = to.pe == pe ? 0.0
-                                      : static_cast<double>(p_.put_ps) +
-                                            static_cast<double>(to.bytes) / slowest * 1000.0;
+      const double trip =
+          to.pe == pe ? 0.0
+                      : static_cast<double>(p_.put_ps) + static_cast<double>(to.bytes) / slowest * 1000.0;
       event_ps_[to.event] = std::max(event_ps_[to.event], end_ps_[number] + trip);
     }
   }
@@ -185,7 +187,7 @@ class BoundsOf {
   std::vector<double> distinct_;  // [num_pes] least time for the weights [ps]
   std::vector<double> stream_ps_, rest_ps_;
   std::vector<double> entry_ps_, end_of_pe_;
-  std::vector<double> traffic_;  // [source][destination] bytes
+  std::vector<double> traffic_;              // [source][destination] bytes
   std::array<std::vector<u32>, 7> by_kind_;  // classes
   std::vector<double> event_ps_, end_ps_, weights_ps_;
 };

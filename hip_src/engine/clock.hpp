@@ -19,13 +19,13 @@ struct Item {
   u32 kind;
 };
 
-//! Items come back by time, and at one time in the order in which they were scheduled; those scheduled without
-//! delay come after all others of that time.
+//! Items come back by time, and at one time in the order in which they were scheduled; those scheduled
+//! without delay come after all others of that time.
 //!
-//! Level l has 256 slots of 256^l ps. An item lies on the level of the highest byte in which its time differs from
-//! now, so the first slot in use on the lowest level in use holds the next one. When time reaches a slot of a higher
-//! level, its items move down; slots keep the order in which items came, so that ties need no sequence number.
-//! Source: Varghese and Lauck 1987, SOSP.
+//! Level l has 256 slots of 256^l ps. An item lies on the level of the highest byte in which its time differs
+//! from now, so the first slot in use on the lowest level in use holds the next one. When time reaches a slot
+//! of a higher level, its items move down; slots keep the order in which items came, so that ties need no
+//! sequence number. Source: Varghese and Lauck 1987, SOSP.
 class Clock {
  public:
   enum class Turn { item, channel, end };
@@ -47,7 +47,8 @@ class Clock {
   }
   void at_once(Item item) { fifo_.push_back(item); }
 
-  //! Goes to whatever is next: an item, or the moment `channel_ps`, which comes before items of the same time.
+  //! Goes to whatever is next: an item, or the moment `channel_ps`, which comes before items of the same
+  //! time.
   Turn step(i64 channel_ps, Item& item) {
     for (;;) {
       if (channel_ps <= now_) return Turn::channel;

@@ -57,8 +57,9 @@ struct alignas(64) Worker {
   bool triggered = false, more = true, asking = false;
   std::uint8_t current = no_pick, following = no_pick, awaited = no_pick;
   std::uint8_t num_held = 0, first_stream = 0, num_streams = 0;
-  std::uint8_t held[max_held]{};      // picks, oldest first
-  std::uint8_t streams[max_picks]{};  // ring of picks whose weights have been asked for, the first one on its way
+  std::uint8_t held[max_held]{};  // picks, oldest first
+  std::uint8_t
+      streams[max_picks]{};  // ring of picks whose weights have been asked for, the first one on its way
   u32 chain_end = 0, waits_for_slot = none, used_picks = 0;
   Layer* layer = nullptr;
   i64 start_ps = 0, asked_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0, last_end_ps = 0;
@@ -74,16 +75,17 @@ struct PushState {
   };
   Counter tail;
   std::vector<Slot> slots;
-  std::deque<std::pair<u32, u32>> waiting;  // (slot, serial), in the order of waiting; stale where serials differ
+  std::deque<std::pair<u32, u32>>
+      waiting;  // (slot, serial), in the order of waiting; stale where serials differ
   u32 serial = 0;
   std::vector<std::vector<u32>> groups;
   std::size_t next_group = 0;
   bool appending_group = false, watching = false;
-  std::vector<u32> missing;   // [row of the PE] inputs still to be completed on this PE
+  std::vector<u32> missing;  // [row of the PE] inputs still to be completed on this PE
   std::vector<u32> first_ready;
   std::vector<std::vector<u32>> unlocks;  // [event of the PE, from first_event] rows that wait for it
   u32 first_event = 0;
-  std::vector<u32> signals;               // [event of the PE] made so far, seen or not
+  std::vector<u32> signals;                 // [event of the PE] made so far, seen or not
   std::vector<std::vector<u32>> appending;  // [worker] rows on their way
 };
 
@@ -112,7 +114,8 @@ class Engine {
       : p_(p), config_(config), links_(p), layers_(config.num_layers) {
     const u64 row = p.rates.size() / p.num_pes;
     const bool is_host = p.num_cores > 0;
-    for (u32 pe = 0; pe < (is_host ? 1 : p.num_pes); ++pe) channels_.emplace_back(p.rates.data() + pe * row, static_cast<u32>(row - 1));
+    for (u32 pe = 0; pe < (is_host ? 1 : p.num_pes); ++pe)
+      channels_.emplace_back(p.rates.data() + pe * row, static_cast<u32>(row - 1));
     next_of_channel_.assign(channels_.size(), never);
     shares_channel_ = is_host;
     free_cores_ = p.num_cores;
@@ -250,15 +253,25 @@ class Engine {
     channels_[first_channel_].finish(now(), ended_);
     next_of_channel_[first_channel_] = channels_[first_channel_].next_ps();
     update_channel_ps();
-    __builtin_prefetch(&workers_[channels_[first_channel_].first_worker()], 1);
     for (u32 number : ended_) {
       Worker& w = workers_[number];
       const u32 pick = w.streams[w.first_stream];
       w.first_stream = static_cast<std::uint8_t>(w.first_stream + 1 == max_picks ? 0 : w.first_stream + 1);
       --w.num_streams;
       pick_of(w, pick).loaded_ps = now();
-      if (w.sleeps_for == SleepsFor::weights && w.awaited == pick) wake(w, SleepsFor::weights);
+      const bool waits = w.sleeps_for == SleepsFor::weights && w.awaited == pick;
       if (w.num_streams > 0) start_stream(w);
+      if (waits) wake_for_weights(w);
+    }
+    if (channel_ps_ != never) __builtin_prefetch(&workers_[channels_[first_channel_].first_worker()], 1);
+  }
+
+  //! If nothing else is due, what the wake-up would lead to may happen at once.
+  void wake_for_weights(Worker& w) {
+    if (ended_.size() > 1 || !clock_.is_idle_now() || channel_ps_ == now()) {
+      wake(w, SleepsFor::weights);
+    } else {
+      resume(w);
     }
   }
 
@@ -279,7 +292,8 @@ class Engine {
 
   Cost cost(const Worker& w, const Pick& pick, const TaskClass& c) const {
     if (!p_.jitters) return c.cost;
-    return task_cost(c.before_jitter, p_.speeds[w.pe], p_.quantiles[pick.quantile], pick.stalls ? p_.stall_ps : 0);
+    return task_cost(c.before_jitter, p_.speeds[w.pe], p_.quantiles[pick.quantile],
+                     pick.stalls ? p_.stall_ps : 0);
   }
 
   i64 far_ps(u32 pe) { return p_.far_ps[channel(pe).num_streams()]; }
@@ -531,10 +545,10 @@ class Engine {
       u32 event = pick.before;
       if (event == none) {
         const TaskClass& c = l.graph.of(pick.row);
-        event = pick.next_wait < c.wait_end
-                    ? l.graph.waits[pick.next_wait]
-                    : first_unseen_in_chain(w, l, pick.row,
-                                            pick.row + std::max(1u, l.graph.chain_of(pick.row)));
+        event =
+            pick.next_wait < c.wait_end
+                ? l.graph.waits[pick.next_wait]
+                : first_unseen_in_chain(w, l, pick.row, pick.row + std::max(1u, l.graph.chain_of(pick.row)));
       }
       listen_to(w, l, event);
     }
@@ -796,7 +810,8 @@ class Engine {
     }
   }
 
-  //! Has the picks appended that signals of a task completed. Returns whether the worker has to wait for that.
+  //! Has the picks appended that signals of a task completed. Returns whether the worker has to wait for
+  //! that.
   bool completed(Worker& w, const Layer& l, const TaskClass& c) {
     PushState& push = *l.stages[w.pe].push;
     std::vector<u32>& ready = push.appending[w.index];
@@ -817,13 +832,9 @@ class Engine {
   void handle(const Item& next) {
     const u32 who = next.who;
     switch (static_cast<What>(next.kind)) {
-      case What::resume: {
-        Worker& w = workers_[who];
-        w.sleeps_for = SleepsFor::nothing;
-        w.waits_for_slot = none;
-        advance(w);
+      case What::resume:
+        resume(workers_[who]);
         break;
-      }
       case What::ticket:
         ticketed(workers_[who], static_cast<u32>(next.what));
         break;
@@ -851,6 +862,12 @@ class Engine {
     }
   }
 
+  void resume(Worker& w) {
+    w.sleeps_for = SleepsFor::nothing;
+    w.waits_for_slot = none;
+    advance(w);
+  }
+
   void start_after(Worker& w, i64 delay_ps) {
     w.step = Step::start;
     if (delay_ps > 0) {
@@ -860,8 +877,8 @@ class Engine {
     }
   }
 
-  //! Runs a worker until it has to wait for something. Steps follow each other as they mostly do: an indirect jump
-  //! for each would cost more than what it leads to.
+  //! Runs a worker until it has to wait for something. Steps follow each other as they mostly do: an indirect
+  //! jump for each would cost more than what it leads to.
   void advance(Worker& w) {
     for (;;) {
       switch (w.step) {
@@ -1146,7 +1163,8 @@ class Engine {
     for (u32 number = 0; number < result_.records.size(); ++number) {
       const auto& records = result_.records[number];
       for (u32 row = 0; row < records.size() && result_.not_taken.size() < named_stuck; ++row) {
-        if (records[row].end_ps == 0 && records[row].start_ps == 0) result_.not_taken.emplace_back(number, row);
+        if (records[row].end_ps == 0 && records[row].start_ps == 0)
+          result_.not_taken.emplace_back(number, row);
       }
     }
   }

@@ -1,5 +1,5 @@
-// The native discrete-event engine: the same events in the same order as flashmoe/sim/simpy_engine.py, which explains
-// them. A worker is a state machine instead of a generator, and nothing is allocated for a task.
+// The native discrete-event engine: the same events in the same order as flashmoe/sim/simpy_engine.py, which
+// explains them. A worker is a state machine instead of a generator, and nothing is allocated for a task.
 #pragma once
 #include <deque>
 #include <functional>

@@ -7,7 +7,6 @@
 
 namespace flashmoe::engine {
 
-
 struct EventState {
   u32 count = 0, target = 0;
   u32 worker = none;  // who made the last signal; none: another PE

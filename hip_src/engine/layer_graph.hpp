@@ -1,8 +1,8 @@
 // One layer as the engine runs it: every task's class, and for each class its costs and edges.
 //
-// Tasks that differ only in which tile they are (and whose tiles have one size) cost the same, wait for the same
-// events and signal the same, so a layer of 17,000 tasks has some 1,000 classes. A task is an index, its row:
-// by PE, then by id.
+// Tasks that differ only in which tile they are (and whose tiles have one size) cost the same, wait for the
+// same events and signal the same, so a layer of 17,000 tasks has some 1,000 classes. A task is an index, its
+// row: by PE, then by id.
 #pragma once
 #include <vector>
 
@@ -45,9 +45,9 @@ struct LayerGraph {
   std::vector<SignalTo> signals;
   std::vector<u16> event_pe;
   std::vector<u32> event_target;
-  std::vector<u32> planned_event;         // [num_pes]
-  std::vector<u32> outputs;               // [num_pes] tasks that signal nothing: they write what the layer leaves
-  std::vector<double> distinct_bytes;     // [num_pes] weights that are read at least once
+  std::vector<u32> planned_event;  // [num_pes]
+  std::vector<u32> outputs;        // [num_pes] tasks that signal nothing: they write what the layer leaves
+  std::vector<double> distinct_bytes;  // [num_pes] weights that are read at least once
   Picks picks;
 
   u32 num_tasks() const { return static_cast<u32>(class_of.size()); }
@@ -88,7 +88,9 @@ struct LayerGraph {
 //! The layer of a plan: the shared task graph is asked once for each class.
 class GraphBuilder {
  public:
-  static LayerGraph build(LayerPlan& plan, const Parameters& p) { return std::move(GraphBuilder(plan, p).graph_); }
+  static LayerGraph build(LayerPlan& plan, const Parameters& p) {
+    return std::move(GraphBuilder(plan, p).graph_);
+  }
 
   //! Fills in the picks in a built-in order.
   static void rank(LayerGraph& graph, LayerPlan& plan, Order order) {
@@ -187,13 +189,12 @@ class GraphBuilder {
     g.for_each_signal(task, [&](u32 pe, Event event, u64 bytes) {
       signal_.push_back(SignalTo{plan_.event(pe, event), pe, bytes});
     });
-    const u32 num_tokens = task.kind == TaskKind::dispatch
-                               ? g.rows_to(task.peer, task.first, task.num_tokens)
-                               : task.num_tokens;
-    return graph_.add_class(g.pe,
-                            Amounts{task.kind, num_tokens, work.matrix_rows, work.weight_bytes, work.io_bytes,
-                                    work.flops, 0},
-                            wait_, signal_, parameters_);
+    const u32 num_tokens =
+        task.kind == TaskKind::dispatch ? g.rows_to(task.peer, task.first, task.num_tokens) : task.num_tokens;
+    return graph_.add_class(
+        g.pe,
+        Amounts{task.kind, num_tokens, work.matrix_rows, work.weight_bytes, work.io_bytes, work.flops, 0},
+        wait_, signal_, parameters_);
   }
 
   static double distinct_bytes(const TaskGraph& g) {

@@ -33,12 +33,10 @@ FLASHMOE_FN Work work_of(const TaskGraph& graph, const Task& task) {
     }
     case TaskKind::down: {
       const u64 rows = graph.down_width(task.tile);
-      return Work{rows * ff * element, n * (ff + rows) * element, 2 * n * rows * ff,
-                  static_cast<u32>(rows)};
+      return Work{rows * ff * element, n * (ff + rows) * element, 2 * n * rows * ff, static_cast<u32>(rows)};
     }
     case TaskKind::expert:
-      return Work{3 * model * ff * element, n * 2 * (model + ff) * element, 6 * n * model * ff,
-                  s.d_model};
+      return Work{3 * model * ff * element, n * 2 * (model + ff) * element, 6 * n * model * ff, s.d_model};
     case TaskKind::combine: {
       const u64 rows = n * graph.tiling.result_slots(s);
       return Work{0, (rows + n) * model * element, 2 * rows * model, 0};
