@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ class Machine:
             raise ValueError(
                 f"unknown machine {name!r} (presets: {', '.join(preset_names())}; or 'host', or a .toml file)"
             )
-        return _from_toml((_preset_folder() / f"{name}.toml").read_text(encoding="utf-8"), name)
+        return _load_preset(name)
 
     @classmethod
     def load(cls, machine: str | Path | Machine) -> Machine:
@@ -183,6 +184,11 @@ def preset_names() -> tuple[str, ...]:
     return tuple(
         sorted(item.name.removesuffix(".toml") for item in _preset_folder().iterdir() if item.name.endswith(".toml"))
     )
+
+
+@lru_cache  # a sweep asks for the same few machines thousands of times
+def _load_preset(name: str) -> Machine:
+    return _from_toml((_preset_folder() / f"{name}.toml").read_text(encoding="utf-8"), name)
 
 
 def _preset_folder() -> Any:

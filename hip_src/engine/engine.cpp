@@ -103,7 +103,8 @@ struct Layer {
   u32 number = 0;
   std::vector<EventState> events;
   std::vector<Stage> stages;
-  std::vector<Record> records;
+  std::vector<Record> records;        // [row], if kept
+  std::vector<std::uint8_t> has_run;  // [row], if records are kept: a replay may name a task twice
   u64 left = 0, tasks_done = 0;
   i64 end_ps = 0;
 };
@@ -184,7 +185,10 @@ class Engine {
       if (config_.queue != QueueKind::replay) stage.num_picks = static_cast<u32>(g.picks.by_rank[pe].size());
       made->stages.push_back(std::move(stage));
     }
-    if (config_.keep_records) made->records.resize(g.num_tasks());
+    if (config_.keep_records) {
+      made->records.resize(g.num_tasks());
+      made->has_run.assign(g.num_tasks(), 0);
+    }
     result_.num_tasks += g.num_tasks();
     for (const TaskClass& c : g.classes) {
       result_.hbm_bytes += c.count * c.weight_bytes;
@@ -202,8 +206,9 @@ class Engine {
   //! Forgets a layer that everybody has left: memory stays flat however many there are.
   void left(u32 number) {
     Layer& l = *layers_[number];
-    if (++l.left < workers_.size()) return;
+    if (++l.left < workers_.size() || l.tasks_done < l.graph.num_tasks()) return;
     close_layer(number);
+    layers_[number].reset();
   }
 
   void close_layer(u32 number) {
@@ -216,9 +221,6 @@ class Engine {
       result_.records.resize(config_.num_layers);
       result_.records[number] = std::move(l.records);
     }
-    if (l.tasks_done < l.graph.num_tasks()) return;  // kept for the report
-    layers_[number].reset();
-    closed_ = std::max(closed_, number + 1);
   }
 
   // --- memory
@@ -1074,8 +1076,11 @@ class Engine {
     time.overhead += end_ps - w.done_ps - send_ps;
     w.last_end_ps = end_ps;
     l.end_ps = std::max(l.end_ps, end_ps);
-    ++l.tasks_done;
-    if (config_.keep_records) {
+    if (!config_.keep_records) {
+      ++l.tasks_done;
+    } else {
+      l.tasks_done += l.has_run[pick.row] == 0 ? 1 : 0;
+      l.has_run[pick.row] = 1;
       l.records[pick.row] = Record{w.index,    w.ready_ps, pick.asked_ps, pick.ticket_ps,
                                    w.start_ps, loaded_ps,  w.done_ps,     end_ps};
     }
@@ -1159,12 +1164,11 @@ class Engine {
       }
       result_.stuck.push_back(std::move(stuck));
     }
-    if (!config_.keep_records) return;
-    for (u32 number = 0; number < result_.records.size(); ++number) {
-      const auto& records = result_.records[number];
-      for (u32 row = 0; row < records.size() && result_.not_taken.size() < named_stuck; ++row) {
-        if (records[row].end_ps == 0 && records[row].start_ps == 0)
-          result_.not_taken.emplace_back(number, row);
+    for (u32 number = 0; number < layers_.size(); ++number) {
+      if (!layers_[number]) continue;
+      const auto& has_run = layers_[number]->has_run;
+      for (u32 row = 0; row < has_run.size() && result_.not_taken.size() < named_stuck; ++row) {
+        if (has_run[row] == 0) result_.not_taken.emplace_back(number, row);
       }
     }
   }
@@ -1192,7 +1196,6 @@ class Engine {
   std::vector<u32> free_messages_;
   i64 near_ticket_[2], shared_ticket_[2];
   u64 key_ = 0, total_done_ = 0;
-  u32 closed_ = 0;
   Result result_;
 };
 

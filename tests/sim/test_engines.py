@@ -76,6 +76,18 @@ def test_the_next_weights_stream_while_a_task_runs(run):
     assert records["end_ps"].tolist() == [3_070, 3_070 + 4_000 + 70]
 
 
+@pytest.mark.parametrize("duration_ns", [1, 3, 32, 8_192])  # on and off the edges of a timing wheel
+def test_at_one_moment_memory_comes_first_and_then_what_was_planned_first(run, duration_ns):
+    table = HandTable()
+    table.task("gate", flops=duration_ns)  # planned for then from the start
+    table.task("gate", weights=10 * duration_ns)  # its weights are there first, but its worker only wakes up then
+    for _ in range(2):
+        table.task("gate", flops=1)
+    records = run(table, plain_machine(prefetch=False), workers=2, queue="ticket")
+    assert records["end_ps"].tolist()[:2] == [1_000 * duration_ns] * 2
+    assert records["worker"].tolist() == [0, 1, 0, 1]
+
+
 # --- hosts
 
 
