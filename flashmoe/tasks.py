@@ -34,7 +34,8 @@ TASK_DTYPE = np.dtype(
         ("io_bytes", "u8"),
         ("link_bytes", "u8"),
         ("flops", "u8"),
-    ]
+    ],
+    align=True,
 )
 # Kinds, by index, that wait for work of their own PE only: `waits_for_own_pe` in task.hpp. A worker may look past them.
 OWN_PE_KINDS = tuple(KINDS.index(kind) for kind in ("route", "dispatch", "down"))

@@ -47,31 +47,49 @@ class TicketQueue:
 
 
 class DomainQueue(TicketQueue):
-    """A counter for each domain: domain d owns ranks d, d + D, ...; its own first, then the next one's."""
+    """A counter for each domain: domain d owns ranks d, d + D, ...; a worker takes its own, then those of others.
+
+    With its own exhausted, a worker first looks at the others' counters, all at once, and takes a ticket from the
+    nearest one that has picks left: at the end all workers come by, and tickets of one counter are served one by one.
+    """
 
     def __init__(self, stage: Stage, order: Sequence[int]) -> None:
         super().__init__(stage, order)
+        self._env = stage.env
         self._counters = [Counter(stage.env) for _ in range(stage.pe.num_domains)]
         self._near_ps, self._far_ps = stage.near_ticket_ps, stage.shared_ticket_ps
-        self._exhausted = [0] * stage.pe.num_workers  # domains that this worker has found empty, its own first
+        self._is_away = [False] * stage.pe.num_workers  # whose own domain is exhausted
 
     def ask(self, worker: Worker, got: Got) -> None:
-        num_domains, steps = len(self._counters), self._exhausted[worker.index]
-        if steps == num_domains:
+        if not self._is_away[worker.index]:
+            self._take(worker, worker.domain, self._near_ps, got)
+        elif len(self._counters) == 1:
             got(None)
-            return
-        domain = (worker.domain + steps) % num_domains
+        else:
+            self._env.timeout(sum(self._far_ps)).callbacks.append(lambda _: self._look_round(worker, got))
 
+    def _look_round(self, worker: Worker, got: Got) -> None:
+        num_domains = len(self._counters)
+        for step in range(1, num_domains):
+            domain = (worker.domain + step) % num_domains
+            if self._rank(domain, self._counters[domain].value) < len(self._order):
+                self._take(worker, domain, self._far_ps, got)
+                return
+        got(None)
+
+    def _take(self, worker: Worker, domain: int, cost_ps: tuple[int, int], got: Got) -> None:
         def answer(ticket: Any) -> None:
-            pick = self._pick(domain + num_domains * ticket.value)
+            pick = self._pick(self._rank(domain, ticket.value))
             if pick is None:
-                self._exhausted[worker.index] += 1
+                self._is_away[worker.index] = True
                 self.ask(worker, got)
             else:
                 got(pick)
 
-        cost_ps = self._far_ps if steps else self._near_ps
         self._counters[domain].add(*cost_ps).callbacks.append(answer)
+
+    def _rank(self, domain: int, ticket: int) -> int:
+        return domain + len(self._counters) * ticket
 
 
 class ListQueue(TicketQueue):

@@ -20,13 +20,13 @@ class Counter:
 
     def __init__(self, env: simpy.Environment) -> None:
         self._env = env
-        self._value = 0
+        self.value = 0
         self._free_ps = 0
 
     def add(self, service_ps: int, latency_ps: int, amount: int = 1) -> simpy.Event:
         """Add an amount; the event's value is what the word was before, known a latency after the service."""
-        ticket = self._value
-        self._value += amount
+        ticket = self.value
+        self.value += amount
         now_ps = int(self._env.now)
         self._free_ps = max(now_ps, self._free_ps) + service_ps
         return self._env.timeout(self._free_ps + latency_ps - now_ps, ticket)

@@ -36,6 +36,7 @@ class Clock {
     near_bytes_ = bytes;
   }
   i64 now() const { return now_; }
+  //! Whether no item of this moment is left.
   bool is_idle_now() const { return due_ == nil && fifo_next_ == fifo_.size(); }
 
   void at(i64 time_ps, Item item) {
@@ -73,13 +74,13 @@ class Clock {
       const u32 slot = first_slot(level);
       const u32 shift = level * 8;
       const i64 slot_ps = (((now_ >> shift) & ~i64{255}) | slot) << shift;
-      if (channel_ps < slot_ps || (level == 0 && channel_ps == slot_ps)) {
+      if (channel_ps < slot_ps) {
         now_ = channel_ps;
         return Turn::channel;
       }
       u32& list = slots_[level * 256 + slot];
       const Node& only = nodes_[list];
-      if (only.next == nil && only.time_ps < channel_ps) {
+      if (only.next == nil && only.time_ps <= channel_ps) {
         now_ = only.time_ps;
         due_ = list;
         clear(level, slot);

@@ -6,7 +6,7 @@
 namespace flashmoe::engine {
 namespace {
 
-enum class What : u32 { resume, ticket, appended, settle, give, land, ingress, launch };
+enum class What : u32 { resume, ticket, look, appended, settle, give, land, ingress, launch };
 enum class Step : std::uint8_t {
   enter,
   start,
@@ -93,7 +93,8 @@ struct PushState {
 struct Stage {
   u32 num_picks = 0, planned = 0, entry = 0, arrived = 0;
   std::vector<Counter> heads;
-  std::vector<u32> turn;  // [worker] picks taken (static, replay), domains found empty (domain)
+  std::vector<u32>
+      turn;  // [worker] picks taken (static, replay); whether its own domain is exhausted (domain)
   std::vector<u32> launched;
   std::unique_ptr<PushState> push;
 };
@@ -576,7 +577,6 @@ class Engine {
     Layer& l = *w.layer;
     Stage& stage = l.stages[w.pe];
     u32& turn = stage.turn[w.index];
-    u32 ticket;
     switch (config_.queue) {
       case QueueKind::stride: {
         const u64 rank = w.index + u64{p_.num_workers} * turn++;
@@ -589,48 +589,54 @@ class Engine {
         ++turn;
         break;
       }
-      case QueueKind::domain: {
-        if (turn == p_.num_domains) {
+      case QueueKind::domain:
+        if (turn == 0) {
+          take_ticket(w, static_cast<u32>(w.domain), near_ticket_);
+        } else if (p_.num_domains == 1) {
           got(w, none);
-          break;
+        } else {
+          clock_.at(now() + shared_ticket_[0] + shared_ticket_[1], item(What::look, w.number));
         }
-        const i64* cost = turn > 0 ? shared_ticket_ : near_ticket_;
-        Counter& head = stage.heads[domain_asked(w, turn)];
-        const i64 at = head.add(now(), cost[0], cost[1], 1, ticket);
-        clock_.at(at, item(What::ticket, w.number, ticket));
         break;
-      }
       case QueueKind::ticket:
-      case QueueKind::push: {
-        const i64 at = stage.heads[0].add(now(), shared_ticket_[0], shared_ticket_[1], 1, ticket);
-        clock_.at(at, item(What::ticket, w.number, ticket));
+      case QueueKind::push:
+        take_ticket(w, 0, shared_ticket_);
         break;
-      }
     }
   }
 
-  u32 domain_asked(const Worker& w, u32 turn) const {
-    return (static_cast<u32>(w.domain) + turn) % p_.num_domains;
+  void take_ticket(Worker& w, u32 head, const i64* cost) {
+    u32 ticket;
+    const i64 at = w.layer->stages[w.pe].heads[head].add(now(), cost[0], cost[1], 1, ticket);
+    clock_.at(at, item(What::ticket, w.number, u64{head} << 32 | ticket));
   }
 
-  void ticketed(Worker& w, u32 ticket) {
+  //! The nearest other domain with picks left.
+  void look_round(Worker& w) {
+    const Stage& stage = w.layer->stages[w.pe];
+    for (u32 step = 1; step < p_.num_domains; ++step) {
+      const u32 domain = (static_cast<u32>(w.domain) + step) % p_.num_domains;
+      if (domain + u64{p_.num_domains} * stage.heads[domain].value < stage.num_picks) {
+        take_ticket(w, domain, shared_ticket_);
+        return;
+      }
+    }
+    got(w, none);
+  }
+
+  void ticketed(Worker& w, u32 head, u32 ticket) {
     Layer& l = *w.layer;
     Stage& stage = l.stages[w.pe];
-    if (config_.queue == QueueKind::push) {
-      if (ticket >= stage.num_picks) {
-        got(w, none);
-      } else {
-        settle(w, ticket);
-      }
-      return;
-    }
-    u64 rank = ticket;
-    if (config_.queue == QueueKind::domain)
-      rank = domain_asked(w, stage.turn[w.index]) + u64{p_.num_domains} * ticket;
+    const bool is_domain = config_.queue == QueueKind::domain;
+    const u64 rank = is_domain ? head + u64{p_.num_domains} * ticket : ticket;
     if (rank < stage.num_picks) {
-      got(w, l.graph.picks.by_rank[w.pe][rank]);
-    } else if (config_.queue == QueueKind::domain) {
-      ++stage.turn[w.index];
+      if (config_.queue == QueueKind::push) {
+        settle(w, ticket);
+      } else {
+        got(w, l.graph.picks.by_rank[w.pe][rank]);
+      }
+    } else if (is_domain) {
+      stage.turn[w.index] = 1;
       look_up(w);
     } else {
       got(w, none);
@@ -838,7 +844,10 @@ class Engine {
         resume(workers_[who]);
         break;
       case What::ticket:
-        ticketed(workers_[who], static_cast<u32>(next.what));
+        ticketed(workers_[who], static_cast<u32>(next.what >> 32), static_cast<u32>(next.what));
+        break;
+      case What::look:
+        look_round(workers_[who]);
         break;
       case What::appended:
         appended(workers_[who], static_cast<u32>(next.what), (next.what >> 32) != 0);

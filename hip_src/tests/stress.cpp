@@ -7,7 +7,7 @@
 #include <random>
 #include <thread>
 
-#include "../bindings/task_table.hpp"
+#include "../engine/task_table.hpp"
 #include "cpu_layer.hpp"
 #include "host_math.hpp"
 
@@ -137,7 +137,7 @@ std::vector<host::PeInput> inputs_of(const Case& c, Data& data, u32 epoch,
   if (c.queue != QueueKind::replay) return inputs;
   std::vector<const std::int32_t*> topk_idx;
   for (const auto& experts : data.topk_idx) topk_idx.push_back(experts.data());
-  TaskTable table(c.shape, c.tiling, topk_idx, c.num_tokens, false);
+  TaskTable table(LayerPlan(c.shape, c.tiling, topk_idx, c.num_tokens, false));
   for (u32 pe = 0; pe < c.shape.num_pes; ++pe) {
     const std::vector<u32> ids = table.order(pe, c.order);
     host::PeInput& input = inputs[pe];
@@ -146,7 +146,7 @@ std::vector<host::PeInput> inputs_of(const Case& c, Data& data, u32 epoch,
       for (std::size_t i = worker; i < ids.size(); i += c.num_workers) input.replay_ids.push_back(ids[i]);
       input.replay_offset.push_back(static_cast<u32>(input.replay_ids.size()));
     }
-    const Plan& plan = table.graphs()[pe].plan;
+    const Plan& plan = table.plan.graphs()[pe].plan;
     input.replay_digest = plan_digest(plan.entry_offset, plan.num_local);
   }
   return inputs;

@@ -81,11 +81,12 @@ def test_at_one_moment_memory_comes_first_and_then_what_was_planned_first(run, d
     table = HandTable()
     table.task("gate", flops=duration_ns)  # planned for then from the start
     table.task("gate", weights=10 * duration_ns)  # its weights are there first, but its worker only wakes up then
+    table.task("dispatch", flops=duration_ns)  # a little later: perhaps in the same slot of the wheel
     for _ in range(2):
         table.task("gate", flops=1)
-    records = run(table, plain_machine(prefetch=False), workers=2, queue="ticket")
+    records = run(table, plain_machine(prefetch=False, dispatch_overhead_ps=100), workers=3, queue="ticket")
     assert records["end_ps"].tolist()[:2] == [1_000 * duration_ns] * 2
-    assert records["worker"].tolist() == [0, 1, 0, 1]
+    assert records["worker"].tolist() == [0, 1, 2, 0, 1]
 
 
 # --- hosts
@@ -336,11 +337,12 @@ def test_static_gives_every_wth_task_to_a_worker(run):
 def test_domains_own_every_dth_task_and_steal_from_the_next_when_done(run):
     machine = plain_machine(num_domains=2, ticket_service_ps=0, ticket_far_service_ps=100)
     # Domain 0 owns tasks 0 2 4 6 (worker 0), domain 1 owns 1 3 5 (worker 1). Worker 1 ends its three at 3 ns,
-    # finds its counter exhausted and steals task 2 (for 100 ps) from worker 0, at task 0 until 10 ns; and on.
+    # finds its counter exhausted, looks at the other one (100 ps) and steals task 2 (100 ps) from worker 0, which is
+    # at task 0 until 10 ns; and on.
     records = run(streams([100, 10, 10, 10, 10, 10, 10]), machine, workers=2, queue="domain")
     assert records["worker"].tolist() == [0, 1, 1, 1, 1, 1, 1]
     assert records["domain"].tolist() == [0, 1, 1, 1, 1, 1, 1]
-    assert records["ticket_ps"].tolist() == [0, 0, 3_100, 1_000, 4_200, 2_000, 5_300]
+    assert records["ticket_ps"].tolist() == [0, 0, 3_200, 1_000, 4_400, 2_000, 5_600]
 
 
 def test_stealing_goes_to_the_next_domain_not_to_the_first(run):

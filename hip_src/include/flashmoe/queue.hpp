@@ -24,7 +24,8 @@ class RankSource {
         worker_(worker),
         num_workers_(num_workers),
         domains_(domains_in_use(num_domains, num_workers)),
-        domain_(home_domain(worker, domains_)) {}
+        home_(home_domain(worker, domains_)),
+        domain_(home_) {}
 
   //! The next rank for this worker, or none when all its sources are exhausted. While num_picks is unknown
   //! the rank may turn out to be past the end: ask again then.
@@ -35,9 +36,10 @@ class RankSource {
       case QueueKind::stride:
         return within(worker_ + num_workers_ * turn_++, num_picks);
       case QueueKind::domain:
-        for (; visited_ < domains_; ++visited_, domain_ = (domain_ + 1) % domains_) {
+        while (domain_ != none) {
           const u32 rank = domain_ + domains_ * take(domain_);
           if (rank < num_picks) return rank;
+          domain_ = next_with_picks(num_picks);
         }
         return none;
       case QueueKind::push:
@@ -46,20 +48,29 @@ class RankSource {
     }
     return none;
   }
-  FLASHMOE_FN bool is_away() const { return visited_ > 0; }
+  FLASHMOE_FN bool is_away() const { return domain_ != home_; }
 
  private:
-  // relaxed: a ticket orders nothing, the inputs of the task are acquired when they are waited for
-  FLASHMOE_FN u32 take(u32 domain) {
-    return fetch_add_relaxed<Scope::device>(reinterpret_cast<u32*>(heads_ + domain * line_bytes), 1u);
+  //! The nearest other domain with picks left, or none. Looks before it takes: at the end all workers come
+  //! by, and fetch-adds on one word are served one after the other.
+  FLASHMOE_FN u32 next_with_picks(u32 num_picks) const {
+    for (u32 step = 1; step < domains_; ++step) {
+      const u32 domain = (home_ + step) % domains_;
+      // relaxed: an old value costs one ticket more
+      if (domain + domains_ * load_relaxed<Scope::device>(head(domain)) < num_picks) return domain;
+    }
+    return none;
   }
+  FLASHMOE_FN u32* head(u32 domain) const { return reinterpret_cast<u32*>(heads_ + domain * line_bytes); }
+  // relaxed: a ticket orders nothing, the inputs of the task are acquired when they are waited for
+  FLASHMOE_FN u32 take(u32 domain) const { return fetch_add_relaxed<Scope::device>(head(domain), 1u); }
   FLASHMOE_FN static u32 within(u32 rank, u32 num_picks) { return rank < num_picks ? rank : none; }
 
   QueueKind kind_;
   char* heads_;
-  u32 worker_, num_workers_, domains_, domain_;
-  u32 turn_ = 0;     // stride: picks taken so far
-  u32 visited_ = 0;  // domain: counters found exhausted
+  u32 worker_, num_workers_, domains_;
+  u32 home_, domain_;  // the worker's own, and where it takes picks now (none: all are exhausted)
+  u32 turn_ = 0;       // stride: picks taken so far
 };
 
 //! `push`: slots in memory; whoever makes a task ready publishes it, a worker waits for its ticket's slot.
