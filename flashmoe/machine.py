@@ -106,6 +106,12 @@ class Machine:
     jitter: float = _parameter(
         "ratio", "sigma of the lognormal factor (mean 1) on a task's time", least=0, most=1, default=0.0
     )
+    jitter_bytes: int = _parameter(
+        "count",
+        "bytes of weights over which luck evens out: a task that streams k times as many has jitter / sqrt(k); 0: never",
+        least=0,
+        default=0,
+    )
     stall_probability: float = _parameter("ratio", "share of the tasks that stall", least=0, most=1, default=0.0)
     stall_ps: int = _parameter("ps", "extra time of a task that stalls", default=0)
     pe_spread: float = _parameter(

@@ -59,7 +59,8 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
     bytes_factor: Any = 1.0
     if parameters.jitters:
         bits = jitter.task_bits(parameters.seed, layer, tasks["pe"], tasks["task_id"])
-        bytes_factor = jitter.factors(bits, parameters.quantiles)
+        luck = jitter.factors(bits, parameters.quantiles) - 1.0
+        bytes_factor = 1.0 + luck * _evened_out(tasks["weight_bytes"].astype(np.float64), machine.jitter_bytes)
         slow = slow * bytes_factor
         stall_ps = np.where(jitter.stalls(bits, parameters.stall_threshold), machine.stall_ps, 0)
     flop_ns = _padded_flops(tasks, machine.matrix_tokens, machine.matrix_rows) / machine.cu_flops_per_ns
@@ -82,6 +83,14 @@ def remote_bytes(table: TaskTable) -> NDArray[np.float64]:
     remote = table.tasks["pe"][source] != table.event_pe[table.signal_event]
     weights: Any = np.where(remote, table.signal_bytes, 0).astype(np.float64)
     return np.bincount(source, weights=weights, minlength=len(table.tasks)).astype(np.float64)
+
+
+def _evened_out(weight_bytes: NDArray[np.float64], jitter_bytes: int) -> NDArray[np.float64]:
+    """Share of the jitter that is left in a task of so many bytes: the mean of k independent pieces has 1 / sqrt(k)."""
+    if jitter_bytes == 0:
+        return np.ones(len(weight_bytes))
+    left: NDArray[np.float64] = np.sqrt(jitter_bytes / np.maximum(weight_bytes, float(jitter_bytes)))
+    return left
 
 
 def _padded_flops(tasks: Any, matrix_tokens: int, matrix_rows: int) -> NDArray[np.float64]:

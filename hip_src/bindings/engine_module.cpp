@@ -42,6 +42,7 @@ Parameters make_parameters(const py::dict& given) {
   number("prefetch", p.prefetch);
   number("jitters", p.jitters);
   number("matrix_tokens", p.matrix_tokens);
+  number("jitter_bytes", p.jitter_bytes);
   number("matrix_rows", p.matrix_rows);
   number("hbm_bytes_per_ns", p.hbm_bytes_per_ns);
   number("cu_bytes_per_ns", p.cu_bytes_per_ns);

@@ -93,11 +93,18 @@ class Clock {
         due_ = node;
         continue;
       }
+      u32* last_due = &due_;
       while (node != nil) {
         const u32 next = nodes_[node].next;
         // whom it is for will be needed soon, and with many workers is in no near cache
         __builtin_prefetch(near_ + (nodes_[node].who_and_kind >> kind_bits) * near_bytes_, 1);
-        push(node);  // an item whose time is now goes to level 0
+        if (nodes_[node].time_ps == now_) {
+          nodes_[node].next = nil;
+          *last_due = node;
+          last_due = &nodes_[node].next;
+        } else {
+          push(node);
+        }
         node = next;
       }
     }

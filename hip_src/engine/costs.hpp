@@ -1,5 +1,7 @@
 // What each task costs on a machine, before anybody shares anything; flashmoe/sim/costs.py does the same.
 #pragma once
+#include <cmath>
+
 #include "flashmoe/work.hpp"
 #include "jitter.hpp"
 #include "parameters.hpp"
@@ -24,6 +26,7 @@ struct Cost {
 //! Costs of all tasks of a class, before jitter.
 struct ClassCost {
   double weight_bytes, work_ps, kind_overhead_ps;
+  double luck_left;  // share of the jitter that is left in a task of so many bytes
   i64 send_ps;
 };
 
@@ -35,12 +38,23 @@ inline double padded_flops(const Amounts& a, const Parameters& p) {
   return static_cast<double>(a.flops / (u64{a.num_tokens} * a.num_rows) * (tokens * rows));
 }
 
+inline double evened_out(double weight_bytes, const Parameters& p) {
+  const auto even = static_cast<double>(p.jitter_bytes);
+  return p.jitter_bytes == 0 ? 1.0 : std::sqrt(even / std::max(weight_bytes, even));
+}
+
 inline ClassCost class_cost(const Amounts& a, const Parameters& p) {
   const double flop_ns = padded_flops(a, p) / p.cu_flops_per_ns;
   const double io_ns = static_cast<double>(a.io_bytes) / p.cache_bytes_per_ns;
   return ClassCost{static_cast<double>(a.weight_bytes), std::max(flop_ns, io_ns) * 1000.0,
                    p.overhead_ps[static_cast<u32>(a.kind)],
+                   evened_out(static_cast<double>(a.weight_bytes), p),
                    ceil_ps(static_cast<double>(a.remote_bytes) / p.store_bytes_per_ns * 1000.0)};
+}
+
+//! How much longer than usual a task takes. quantile: drawn from the table, mean 1.
+inline double jitter_factor(const ClassCost& c, double quantile) {
+  return 1.0 + (quantile - 1.0) * c.luck_left;
 }
 
 //! factor: of the jitter; stall_ps: extra time.

@@ -289,14 +289,17 @@ class Engine {
   }
 
   double stream_bytes(const Worker& w, const Pick& pick) const {
-    const double bytes = w.layer->graph.of(pick.row).cost.stream_bytes;
-    return p_.jitters ? bytes * p_.quantiles[pick.quantile] : bytes;
+    const TaskClass& c = w.layer->graph.of(pick.row);
+    return p_.jitters ? c.cost.stream_bytes * factor(pick, c) : c.cost.stream_bytes;
   }
 
   Cost cost(const Worker& w, const Pick& pick, const TaskClass& c) const {
     if (!p_.jitters) return c.cost;
-    return task_cost(c.before_jitter, p_.speeds[w.pe], p_.quantiles[pick.quantile],
-                     pick.stalls ? p_.stall_ps : 0);
+    return task_cost(c.before_jitter, p_.speeds[w.pe], factor(pick, c), pick.stalls ? p_.stall_ps : 0);
+  }
+
+  double factor(const Pick& pick, const TaskClass& c) const {
+    return jitter_factor(c.before_jitter, p_.quantiles[pick.quantile]);
   }
 
   i64 far_ps(u32 pe) { return p_.far_ps[channel(pe).num_streams()]; }
@@ -1030,7 +1033,7 @@ class Engine {
   }
 
   bool loaded(Worker& w) {
-    Pick& pick = pick_of(w, w.current);
+    const Pick& pick = pick_of(w, w.current);
     if (p_.prefetch) {
       if (pick.row + 1 < w.chain_end) {
         w.following = hold(w, pick.row + 1, now());

@@ -12,6 +12,7 @@ struct Parameters {
   u64 seed, stall_threshold;
   bool prefetch, jitters;
   u32 matrix_tokens, matrix_rows;
+  u64 jitter_bytes;
   double hbm_bytes_per_ns, cu_bytes_per_ns, cu_flops_per_ns, cache_bytes_per_ns, store_bytes_per_ns,
       link_bytes_per_ns, port_bytes_per_ns;
   i64 ticket_ps, ticket_far_ps, ticket_service_ps, ticket_far_service_ps;

@@ -56,6 +56,7 @@ def machines(draw: st.DrawFn) -> Machine:
         num_cores=draw(st.integers(1, 6)) if is_host else 0,
         pe_spread=0.0 if is_host else draw(st.sampled_from([0.0, 0.0, 0.2])),
         jitter=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        jitter_bytes=draw(st.sampled_from([0, 0, 24, 100])),
         stall_probability=draw(st.sampled_from([0.0, 0.0, 0.2, 1.0])),
     )
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sim.strategies import machines, random_layer, runs
 from sim.tables import HandPolicy
 
+from flashmoe.machine import parameter_units
 from flashmoe.sim import ENGINES, DeadlockError, evaluate, simulate
 
 MORE = int(os.environ.get("FLASHMOE_PARITY_EXAMPLES", "0"))
@@ -65,6 +66,19 @@ def assert_same(simpy: Any, native: Any) -> None:
         assert simpy == native
     else:
         assert_same_records(simpy, native)
+
+
+def test_machines_differ_in_every_parameter():
+    values: dict[str, set[Any]] = {name: set() for name in parameter_units()}
+
+    @given(machines())
+    @settings(max_examples=200, derandomize=True, database=None)
+    def collect(machine):
+        for name, seen in values.items():
+            seen.add(getattr(machine, name))
+
+    collect()
+    assert [name for name, seen in values.items() if len(seen) == 1] == ["num_cus", "num_pes_max"]
 
 
 @given(runs())
