@@ -9,13 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe import _native
-from flashmoe.tasks import ORDERS, TaskTable, Tiling
+from flashmoe.tasks import ORDERS, TaskTable, Tiling, segment_owner
 from flashmoe.trace import KINDS, Trace
 
 Queue = Literal["push", "ticket", "domain", "static", "replay"]
@@ -38,6 +39,8 @@ class TaskView(NamedTuple):
 
 
 Rank = Callable[[TaskView], Any]
+Lists = Sequence[Sequence[Sequence[int]]]  # [pe][worker][turn] task ids
+MakeLists = Callable[[TaskTable, int], Lists]  # called with the tasks of a layer and the number of workers of a PE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class Policy:
     """queue: who gets which pick. order: the rank of picks. look_ahead: picks that a worker may take on while its
     first one waits for work of its own PE; they run as they become ready.
 
-    rank: for an order written in Python. replay: for queue="replay", per PE and worker the ids to run.
+    rank: for an order written in Python. replay: for queue="replay", per PE and worker the ids to run, or a function
+    that makes these lists; it is called once for each layer. They are proven complete and free of deadlock
+    (`flashmoe.schedule`) before anything runs.
     """
 
     name: str
@@ -54,7 +59,7 @@ class Policy:
     look_ahead: int = 0
     tiling: Tiling = field(default_factory=Tiling)
     rank: Rank | None = None
-    replay: Sequence[Sequence[Sequence[int]]] | None = None
+    replay: Lists | MakeLists | None = None
     replay_digests: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +70,8 @@ class Policy:
         if not 0 <= self.look_ahead <= _native.MAX_LOOK_AHEAD:
             raise ValueError(f"look_ahead={self.look_ahead} (accepted: 0..{_native.MAX_LOOK_AHEAD})")
         if (self.queue == "replay") != (self.replay is not None):
-            raise ValueError(f"queue={self.queue!r} with replay={'lists' if self.replay else None} (give both or none)")
+            given = "None" if self.replay is None else "a function" if callable(self.replay) else "lists"
+            raise ValueError(f"queue={self.queue!r} with replay={given} (give queue='replay' and replay, or neither)")
         if self.rank is not None and self.queue in ("push", "replay"):
             raise ValueError(
                 f"queue={self.queue!r} keeps no order of its own (accepted with a rank: ticket, domain, static)"
@@ -88,6 +94,8 @@ class Policy:
         It fits the routing, EP size, tiling and number of workers that the trace was made with.
         """
         header, records = trace.header, trace.records
+        if header.get("layers", 1) > 1:
+            raise ValueError(f"trace of {header['layers']} layers (a replay repeats the schedule of one)")
         lists: list[list[list[int]]] = []
         for pe in range(header["ep_size"]):
             mine = records[records["pe"] == pe]
@@ -106,55 +114,50 @@ def rank_picks(table: TaskTable, rank: Rank) -> list[NDArray[np.uint32]]:
     """Orders picks by a rank, lower first, such that no pick comes before what it waits for.
 
     Of the picks whose inputs are made by picks before them, on whatever PE, the lowest rank comes next. Each PE's
-    order is a part of this one order, so queues that hand picks out in order cannot deadlock.
+    order is a part of this one order, so queues that hand picks out in order cannot deadlock. The rank is asked once
+    a pick, when its inputs are there.
     """
-    tasks = table.tasks
-    heads = np.flatnonzero(tasks["chain"] > 0)
-    missing = table.event_target.astype(np.int64)
-    waiting: dict[int, list[int]] = {}  # event -> picks
-    unmet = dict.fromkeys(heads.tolist(), 0)
-    members = {int(head): range(int(head), int(head) + int(tasks["chain"][head])) for head in heads}
+    heads = np.flatnonzero(table.tasks["chain"] > 0)
+    views, pe = _views(table, heads), table.tasks["pe"][heads].tolist()
+    # picks are numbered through; a chain waits for and signals all that its tasks do
+    pick_of = np.cumsum(table.tasks["chain"] > 0) - 1
+    signals = _grouped(pick_of[segment_owner(table.signal_ptr)], np.asarray(table.signal_event), len(heads))
+    num_events = len(table.event_target)
+    waits = np.unique(pick_of[segment_owner(table.wait_ptr)] * num_events + np.asarray(table.wait_event, np.int64))
+    waits = waits[np.asarray(table.event_target)[waits % num_events] > 0]
+    waiting = _grouped(waits % num_events, waits // num_events, num_events)
+    missing = table.event_target.tolist()  # signals that an event still needs
+    unmet = np.bincount(waits // num_events, minlength=len(heads)).tolist()  # inputs that a pick still needs
 
-    def edges(ptr: NDArray[Any], values: NDArray[Any], head: int) -> list[int]:
-        return [int(event) for row in members[head] for event in values[int(ptr[row]) : int(ptr[row + 1])]]
-
-    for head in unmet:
-        for event in set(edges(table.wait_ptr, table.wait_event, head)):
-            if missing[event] > 0:
-                waiting.setdefault(event, []).append(head)
-                unmet[head] += 1
-    ready: list[tuple[Any, int]] = [(_key(table, rank, head), head) for head, count in unmet.items() if count == 0]
+    ready = [(rank(views[pick]), pick) for pick, count in enumerate(unmet) if count == 0]
     heapq.heapify(ready)
     order: list[list[int]] = [[] for _ in range(table.num_pes)]
     while ready:
-        _, head = heapq.heappop(ready)
-        order[tasks["pe"][head]].append(int(tasks["task_id"][head]))
-        for event in edges(table.signal_ptr, table.signal_event, head):
+        _, pick = heapq.heappop(ready)
+        order[pe[pick]].append(pick)
+        for event in signals[pick]:
             missing[event] -= 1
             if missing[event] == 0:
-                for waiter in waiting.get(event, ()):
+                for waiter in waiting[event]:
                     unmet[waiter] -= 1
                     if unmet[waiter] == 0:
-                        heapq.heappush(ready, (_key(table, rank, waiter), waiter))
-    return [np.array(ids, np.uint32) for ids in order]
+                        heapq.heappush(ready, (rank(views[waiter]), waiter))
+    ids = table.tasks["task_id"][heads]
+    return [ids[picks].astype(np.uint32) for picks in order]
 
 
-def _key(table: TaskTable, rank: Rank, head: int) -> Any:
-    task = table.tasks[head]
-    return rank(
-        TaskView(
-            pe=int(task["pe"]),
-            kind=KINDS[task["kind"]],
-            expert=int(task["expert"]),
-            tile=int(task["tile"]),
-            block=int(task["block"]),
-            num_tokens=int(task["num_tokens"]),
-            local_tokens=int(table.local_tokens[head]),
-            peer=int(task["peer"]),
-            weight_bytes=int(task["weight_bytes"]),
-            flops=int(task["flops"]),
-        )
-    )
+def _views(table: TaskTable, rows: NDArray[np.int64]) -> list[TaskView]:
+    columns = {name: table.tasks[name][rows].tolist() for name in TaskView._fields if name != "local_tokens"}
+    columns["local_tokens"] = table.local_tokens[rows].tolist()
+    columns["kind"] = [KINDS[kind] for kind in columns["kind"]]
+    return list(map(TaskView, *(columns[name] for name in TaskView._fields)))
+
+
+def _grouped(group: NDArray[Any], values: NDArray[Any], num_groups: int) -> list[list[int]]:
+    """Of each group its values, in their order."""
+    bounds = np.cumsum(np.bincount(group, minlength=num_groups)).tolist()
+    ordered = values[np.argsort(group, kind="stable")].tolist()
+    return [ordered[begin:end] for begin, end in pairwise([0, *bounds])]
 
 
 _BUILT_IN: Mapping[str, Policy] = {
@@ -190,15 +193,45 @@ def policy(
         def big_first(task):
             return -task.num_tokens
     """
+    _check_free(name)
+
+    def register(rank: Rank) -> Policy:
+        return _register(Policy(name=name, queue=queue, tiling=tiling or Tiling(), look_ahead=look_ahead, rank=rank))
+
+    return register
+
+
+def schedule(name: str, *, tiling: Tiling | None = None, look_ahead: int = 0) -> Callable[[MakeLists], Policy]:
+    """Makes a policy of a function that says which worker runs which tasks, and in which order.
+
+    The function is called once a layer, with the TaskTable and the number of workers of a PE. It returns, for each PE
+    and worker, a list of the ids of picks: tasks whose `chain` is above 0. Simulations and launches refuse lists
+    that lack a pick, or could deadlock, with a ScheduleError.
+
+        @fm.schedule("tile_by_tile")
+        def tile_by_tile(table, num_workers):
+            lists = [[[] for _ in range(num_workers)] for _ in range(table.num_pes)]
+            for task in table.tasks[table.tasks["chain"] > 0]:
+                lists[task["pe"]][task["tile"] % num_workers].append(task["task_id"])
+            return lists
+    """
+    _check_free(name)
+
+    def register(make_lists: MakeLists) -> Policy:
+        made = Policy(name=name, queue="replay", tiling=tiling or Tiling(), look_ahead=look_ahead, replay=make_lists)
+        return _register(made)
+
+    return register
+
+
+def _check_free(name: str) -> None:
     if name in _BUILT_IN:
         raise ValueError(f"policy {name!r} is built in; choose another name")
 
-    def register(rank: Rank) -> Policy:
-        made = Policy(name=name, queue=queue, tiling=tiling or Tiling(), look_ahead=look_ahead, rank=rank)
-        _in_python[name] = made
-        return made
 
-    return register
+def _register(made: Policy) -> Policy:
+    _in_python[made.name] = made
+    return made
 
 
 def resolve(chosen: str | Policy, tiling: Tiling | None = None) -> Policy:

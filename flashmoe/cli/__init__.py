@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import compare, demo, doctor, explain, export, presets, run, simulate
+from flashmoe.cli import check, compare, demo, doctor, explain, export, presets, run, simulate, sweep, tune
 from flashmoe.cli.screen import errors_as_exit_status
 
 __all__ = ["app", "main"]
@@ -38,7 +38,10 @@ app = typer.Typer(
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=simulate.EXAMPLES)(simulate.simulate)
 app.command(epilog=run.EXAMPLES)(run.run)
+app.command(epilog=check.EXAMPLES)(check.check)
 app.command(epilog=explain.EXAMPLES)(explain.explain)
+app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.add_typer(export.trace_app)
 app.command(epilog=presets.EXAMPLES)(presets.presets)

@@ -85,7 +85,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "jitter": Effect(
         "Equal tasks take different times. Without: all take the mean.",
-        _set(jitter=0.0),
+        _set(jitter=0.0, jitter_bytes=0),
     ),
     "stalls": Effect(
         "A few tasks take much longer. Without: none does.",
