@@ -25,7 +25,7 @@ NEUTRAL = {
     "matrix_rate": {"cu_flops_per_ns": UNLIMITED},
     "matrix_padding": {"matrix_tokens": 1, "matrix_rows": 1},
     "overhead": OVERHEADS,
-    "jitter": {"jitter": 0},
+    "jitter": {"jitter": 0, "jitter_bytes": 0},
     "stalls": {"stall_probability": 0, "stall_ps": 0},
     "pe_spread": {"pe_spread": 0},
     "bookkeeping": {"gap_ps": 0},
