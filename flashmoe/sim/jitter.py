@@ -29,7 +29,7 @@ def mixed(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def task_bits(seed: int, layer: int, pe: NDArray[np.integer], task_id: NDArray[np.integer]) -> NDArray[np.uint64]:
     """(n,) uint64, the random bits of n tasks of a layer."""
-    key = mixed(np.array([seed * _GOLDEN & _WORD], np.uint64))
+    key = mixed(np.array([(seed + 1) * _GOLDEN & _WORD], np.uint64))  # + 1: zero scrambled is zero
     counter = np.uint64(layer) << np.uint64(48) | pe.astype(np.uint64) << np.uint64(32) | task_id.astype(np.uint64)
     return mixed(mixed(counter * np.uint64(_GOLDEN) + key) + key)
 

@@ -83,7 +83,11 @@ class LayerSource {
  protected:
   void set_picks(LayerGraph& g) const {
     auto rows = [&](u32 pe, std::vector<u32> ids) {
-      for (u32& id : ids) id += g.first[pe] - g.first_id[pe];
+      for (u32& id : ids) {
+        id += g.first[pe] - g.first_id[pe];
+        if (id < g.first[pe] || id >= g.first[pe + 1])
+          throw std::out_of_range("a pick that is no task of its PE");
+      }
       return ids;
     };
     for (u32 pe = 0; pe < ids_by_rank.size(); ++pe) g.picks.by_rank.push_back(rows(pe, ids_by_rank[pe]));

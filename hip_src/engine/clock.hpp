@@ -80,11 +80,11 @@ class Clock {
       }
       u32& list = slots_[level * 256 + slot];
       const Node& only = nodes_[list];
-      if (only.next == nil && only.time_ps <= channel_ps) {
+      if (only.next == nil && only.time_ps < channel_ps) {
         now_ = only.time_ps;
-        due_ = list;
+        item = release(list);
         clear(level, slot);
-        continue;
+        return Turn::item;
       }
       now_ = slot_ps;
       u32 node = in_order(list);
@@ -131,20 +131,19 @@ class Clock {
     nodes_[node].next = list;
     list = node;
     used_[level][slot / 64] |= u64{1} << (slot % 64);
+    words_in_use_[level] |= 1u << (slot / 64);
     levels_in_use_ |= 1u << level;
   }
 
   u32 first_slot(u32 level) const {
-    u32 word = 0;
-    while (used_[level][word] == 0) ++word;
+    const auto word = static_cast<u32>(__builtin_ctz(words_in_use_[level]));
     return word * 64 + static_cast<u32>(__builtin_ctzll(used_[level][word]));
   }
 
   void clear(u32 level, u32 slot) {
     slots_[level * 256 + slot] = nil;
-    auto& used = used_[level];
-    used[slot / 64] &= ~(u64{1} << (slot % 64));
-    if ((used[0] | used[1] | used[2] | used[3]) == 0) levels_in_use_ &= ~(1u << level);
+    if ((used_[level][slot / 64] &= ~(u64{1} << (slot % 64))) != 0) return;
+    if ((words_in_use_[level] &= ~(1u << (slot / 64))) == 0) levels_in_use_ &= ~(1u << level);
   }
 
   //! Turns a slot's list round.
@@ -190,7 +189,8 @@ class Clock {
   std::vector<Node> nodes_;
   u32 free_ = nil;
   u32 levels_in_use_ = 0;
-  std::array<std::array<u64, 4>, num_levels> used_{};
+  std::array<std::array<u64, 4>, num_levels> used_{};  // a bit a slot
+  std::array<u32, num_levels> words_in_use_{};         // a bit a word of those
   std::vector<u32> slots_ = std::vector<u32>(num_levels * 256, nil);
 };
 

@@ -132,7 +132,7 @@ class Engine {
     picks_a_worker_ = std::min(config.look_ahead, max_look_ahead) + 3;
     picks_.resize(workers_.size() * picks_a_worker_);
     clock_.keep_near(workers_.data(), sizeof(Worker));
-    key_ = mixed(p.seed * golden);
+    key_ = mixed((p.seed + 1) * golden);
     near_ticket_[0] = p.ticket_service_ps;
     near_ticket_[1] = p.ticket_ps;
     shared_ticket_[0] = p.num_domains > 1 ? p.ticket_far_service_ps : p.ticket_service_ps;

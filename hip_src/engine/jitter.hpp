@@ -10,7 +10,7 @@ inline u64 mixed(u64 word) {
   return word ^ (word >> 31);
 }
 
-//! Random bits of a task; `key` is mixed(seed * golden).
+//! Random bits of a task; `key` is mixed((seed + 1) * golden).
 constexpr u64 golden = 0x9E3779B97F4A7C15u;
 inline u64 task_bits(u64 key, u32 layer, u32 pe, u32 task_id) {
   const u64 counter = u64{layer} << 48 | u64{pe} << 32 | task_id;

@@ -31,7 +31,7 @@ def test_the_finaliser_gives_splitmix64s_published_sequence():
     [(1, 0, 0, 0), (0, 0, 0, 1), (2**63 - 1, 61, 7, 17_000), (5, 65_535, 65_535, 2**32 - 1)],
 )
 def test_bits_by_hand(seed, layer, pe, task_id):
-    key = mixed(seed * GOLDEN % 2**64)
+    key = mixed((seed + 1) * GOLDEN % 2**64)
     counter = (layer * 2**48 + pe * 2**32 + task_id) * GOLDEN + key
     expected = mixed((mixed(counter % 2**64) + key) % 2**64)
     bits = jitter.task_bits(seed, layer, np.array([pe]), np.array([task_id]))
