@@ -18,8 +18,10 @@ from flashmoe.placement import Placement
 from flashmoe.policy import Policy, policy
 from flashmoe.routing import Routing
 from flashmoe.sim import evaluate, simulate
+from flashmoe.sweep import sweep
 from flashmoe.tasks import TaskTable, Tiling
 from flashmoe.trace import Trace
+from flashmoe.tune import tune
 from flashmoe.weights import Weights
 
 __version__ = metadata.version("flashmoe")
@@ -40,4 +42,6 @@ __all__ = [
     "policy",
     "run",
     "simulate",
+    "sweep",
+    "tune",
 ]

@@ -108,7 +108,7 @@ class Machine:
     )
     jitter_bytes: int = _parameter(
         "count",
-        "bytes of weights over which luck evens out: a task that streams k times as many has jitter / sqrt(k); 0: never",
+        "bytes over which luck evens out: a task that streams k times as many has jitter / sqrt(k); 0: never",
         least=0,
         default=0,
     )

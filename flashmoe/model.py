@@ -54,6 +54,14 @@ class MoEModel:
         return cls(**{"name": name, **MODEL_PRESETS[name], **overrides})
 
     @classmethod
+    def load(cls, model: str | MoEModel) -> MoEModel:
+        """A model as it is, a preset's name, or the folder of a checkpoint."""
+        if isinstance(model, MoEModel):
+            return model
+        is_folder = model not in MODEL_PRESETS and Path(model).is_dir()
+        return cls.from_checkpoint(model) if is_folder else cls.preset(model)
+
+    @classmethod
     def from_checkpoint(cls, folder: str | PathLike[str]) -> MoEModel:
         """Read the sizes from config.json of a Hugging Face Qwen3-MoE folder.
 

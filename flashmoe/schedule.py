@@ -53,6 +53,7 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
 
     Raises ScheduleError, naming the policy, unless the schedule is complete and free of deadlock.
     """
+    _check_made_for(policy, table)
     with _naming(policy):
         if policy.replay is not None:
             schedule = _replayed(policy, table, num_workers)
@@ -126,8 +127,7 @@ def _naming(policy: Policy) -> Iterator[None]:
 # ---- lists
 
 
-def _replayed(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
-    assert policy.replay is not None
+def _check_made_for(policy: Policy, table: TaskTable) -> None:
     if policy.replay_digests is not None and list(policy.replay_digests) != table.plan_digests:
         wrong = [
             pe
@@ -135,9 +135,13 @@ def _replayed(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
             if len({*pair}) > 1
         ]
         raise ScheduleError(
-            "was made for another routing: tokens per expert differ on "
+            f"policy {policy.name!r} was made for another routing: tokens per expert differ on "
             f"PE {', '.join(map(str, wrong)) or f'count {table.num_pes}'}"
         )
+
+
+def _replayed(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
+    assert policy.replay is not None
     lists: Lists = policy.replay(table, num_workers) if callable(policy.replay) else policy.replay
     if _length(lists, "schedule") != table.num_pes:
         raise ScheduleError(f"schedule for {len(lists)} PEs (the layer has {table.num_pes})")

@@ -439,12 +439,12 @@ def test_worker_time_of_a_trace() -> None:
 
 def sweep_frame() -> Any:
     rows = [
-        {"machine": "mi300x", "policy": policy, "num_tokens": n, "seed": seed, "makespan_us": n * slower + seed}
+        {"machine": "mi300x", "policy": policy, "tokens": n, "seed": seed, "makespan_us": n * slower + seed}
         for policy, slower in (("ticket", 20.0), ("static", 10.0))
         for n in (32, 1, 4)
         for seed in (0, 2)
     ]
-    return pandas.DataFrame(rows).assign(bound_ps=lambda frame: frame["num_tokens"] * 5 * US)
+    return pandas.DataFrame(rows).assign(bound_ps=lambda frame: frame["tokens"] * 5 * US)
 
 
 def test_makespan_over_tokens() -> None:
@@ -462,20 +462,20 @@ def test_makespan_over_tokens() -> None:
 
 
 def test_makespan_with_bounds_of_their_own_and_a_linear_axis() -> None:
-    frame = sweep_frame()[lambda rows: rows["num_tokens"] < 32]
+    frame = sweep_frame()[lambda rows: rows["tokens"] < 32]
     frame.loc[frame["policy"] == "ticket", "bound_ps"] *= 2
     ax = plot_makespan(frame, new_ax(), title="two")
     assert legend(ax) == ["ticket", "static", "bound: ticket", "bound: static"]
     assert ax.get_xscale() == ax.get_yscale() == "linear"
     assert ax.get_ylim()[0] == 0
-    with pytest.raises(ValueError, match=r"no column 'ep_size' \(columns: machine, policy"):
-        plot_makespan(frame, new_ax(), over="ep_size")
+    with pytest.raises(ValueError, match=r"no column 'ep' \(columns: machine, policy"):
+        plot_makespan(frame, new_ax(), over="ep")
 
 
 def test_heat_map_by_hand() -> None:
     frame = sweep_frame()
-    missing = (frame["policy"] == "ticket") & (frame["num_tokens"] == 4)
-    ax = plot_heat_map(frame[~missing], new_ax(), x="num_tokens", y="policy")
+    missing = (frame["policy"] == "ticket") & (frame["tokens"] == 4)
+    ax = plot_heat_map(frame[~missing], new_ax(), x="tokens", y="policy")
     cells = ax.images[0].get_array()
     np.testing.assert_allclose(cells.filled(-1), [[21, -1, 641], [11, 41, 321]])  # columns by number, rows as they come
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "32"]
@@ -484,7 +484,7 @@ def test_heat_map_by_hand() -> None:
     assert ax.images[0].colorbar is not None
     assert ax.images[0].colorbar.ax.get_ylabel() == "makespan [µs]"
     with pytest.raises(ValueError, match="no column 'headroom'"):
-        plot_heat_map(frame, new_ax(), x="num_tokens", y="policy", value="headroom")
+        plot_heat_map(frame, new_ax(), x="tokens", y="policy", value="headroom")
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_figures_save_themselves() -> None:
 
 
 def test_any_plot_can_be_saved() -> None:
-    made = figure(plot_heat_map, sweep_frame(), x="num_tokens", y="policy", inches=(5, 3))
+    made = figure(plot_heat_map, sweep_frame(), x="tokens", y="policy", inches=(5, 3))
     assert tuple(made.get_size_inches()) == (5, 3)
     picture = io.BytesIO()
     made.savefig(picture, format="png", dpi=50)

@@ -11,8 +11,9 @@ from layers import BUILT_IN_POLICIES, EIGHT, assert_sound, layers, routing_from,
 
 from flashmoe.hw import Layer
 from flashmoe.model import MoEModel
-from flashmoe.policy import Policy, TaskView, policy, policy_names, rank_picks, resolve
-from flashmoe.schedule import to_schedule
+from flashmoe.policy import Policy, TaskView, policy, policy_names, rank_picks, resolve, schedule
+from flashmoe.schedule import ScheduleError, check_policy, to_schedule
+from flashmoe.sim import evaluate, simulate
 from flashmoe.tasks import ORDERS, TaskTable, Tiling
 from flashmoe.trace import KINDS
 from flashmoe.weights import Weights
@@ -62,8 +63,9 @@ def test_registering_again_replaces_and_built_in_names_are_refused(registry):
     assert resolve("mine") is second and policy_names() == [*BUILT_IN_POLICIES, "mine"]
     assert second.to_dict() == {"name": "mine", "queue": "static", "order": "phase", "look_ahead": 2}
     for name in BUILT_IN_POLICIES:
-        with pytest.raises(ValueError, match=f"policy '{name}' is built in"):
-            policy(name)
+        for register in (policy, schedule):
+            with pytest.raises(ValueError, match=f"policy '{name}' is built in"):
+                register(name)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,7 @@ def test_registering_again_replaces_and_built_in_names_are_refused(registry):
         ({"look_ahead": 16}, "look_ahead=16 (accepted: 0..15)"),
         ({"queue": "replay"}, "queue='replay' with replay=None"),
         ({"queue": "ticket", "replay": [[[0]]]}, "queue='ticket' with replay=lists"),
+        ({"queue": "static", "replay": len}, "queue='static' with replay=a function"),
         ({"queue": "push", "rank": len}, "queue='push'"),
     ],
 )
@@ -239,3 +242,75 @@ def test_policies_in_python_run_on_every_queue(registry):
         outputs = layer(tokens(model, counts), routing=routing).outputs
         for ours, theirs in zip(outputs, result.outputs, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+# ---- schedules written in Python
+
+
+def by_tile(table, num_workers):
+    lists = [[[] for _ in range(num_workers)] for _ in range(table.num_pes)]
+    for task in table.tasks[table.tasks["chain"] > 0]:
+        lists[task["pe"]][task["tile"] % num_workers].append(task["task_id"])
+    return lists
+
+
+def by_tile_of(asked):
+    def make_lists(table, num_workers):
+        asked.append((table.routing, num_workers))
+        return by_tile(table, num_workers)
+
+    return make_lists
+
+
+@pytest.mark.parametrize("engine", ["native", "simpy"])
+def test_a_schedule_is_asked_for_once_a_layer(registry, engine):
+    asked = []
+    made = schedule("by_tile")(by_tile_of(asked))
+    assert resolve("by_tile") is made and made.queue == "replay" and policy_names()[-1] == "by_tile"
+    routings = [skewed_routing(EIGHT, [3, 0, 4, 1], seed=seed, skew=1.0, dropped=0.2) for seed in range(3)]
+    run = {"routing": routings, "machine": "h200", "policy": "by_tile", "engine": engine, "workers": 3}
+    trace = simulate(EIGHT, **run)
+    assert asked == [(routing, 3) for routing in routings]
+    totals = evaluate(EIGHT, **run)
+    assert len(asked) == 6 and totals.makespan_us == trace.makespan_us
+    tasks = trace.records[trace.records["tile"] >= 0]
+    assert np.array_equal(tasks["worker"], tasks["tile"] % 3)
+
+
+def test_schedules_in_python_run_for_real(registry):
+    model, counts, routing, result = ran("ticket", "tile")
+    made = schedule("by_tile", tiling=Tiling(up_rows=7, experts_per_pick=1), look_ahead=1)(by_tile)
+    assert made.look_ahead == 1 and made.tiling.up_rows == 7
+    layer = Layer(
+        model, Weights.random(model, seed=1), ep_size=4, max_tokens=4, workers=3, policy="by_tile", deadline_s=20
+    )
+    again = layer(tokens(model, counts), routing=routing)
+    for ours, theirs in zip(again.outputs, result.outputs, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    tasks = again.trace.records[again.trace.records["tile"] >= 0]
+    assert np.array_equal(tasks["worker"], tasks["tile"] % 3)
+
+
+@pytest.mark.parametrize("engine", ["native", "simpy"])
+def test_a_bad_schedule_is_refused_before_it_runs(registry, engine):
+    schedule("backwards")(lambda table, num_workers: [[ids[::-1] for ids in pe] for pe in by_tile(table, num_workers)])
+    schedule("idle")(lambda table, num_workers: [[[]] * num_workers] * table.num_pes)
+    _, _, routing, _ = ran("ticket", "tile")
+    run = {"routing": routing, "machine": "h200", "engine": engine, "workers": 3}
+    with pytest.raises(ScheduleError, match=r"policy 'backwards': deadlock: .* workers would wait for ever"):
+        simulate(EIGHT, policy="backwards", **run)
+    with pytest.raises(ScheduleError, match=r"policy 'idle': task \d+ of PE 0: gate, .*picks missing"):
+        evaluate(EIGHT, policy="idle", **run)
+
+
+def test_orders_in_python_never_deadlock():
+    model, routing = EIGHT, ran("ticket", "tile")[2]
+    for queue in ("ticket", "domain", "static"):
+        last_first = Policy(name="mine", queue=queue, rank=lambda task: (-task.tile, task.kind), look_ahead=2)
+        check_policy(last_first, TaskTable(model, routing), 3, num_domains=2)
+
+
+def test_a_trace_of_several_layers_is_no_schedule():
+    trace = simulate(EIGHT, routing=[ran("ticket", "tile")[2]] * 2, machine="h200", workers=3)
+    with pytest.raises(ValueError, match="trace of 2 layers"):
+        Policy.from_trace(trace)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashmoe.model import MODEL_PRESETS, MoEModel
+from flashmoe.model import MoEModel
 from flashmoe.placement import PLACEMENT_FORMS
 from flashmoe.policy import policy_names, resolve
 from flashmoe.routing import FORMS, Routing
@@ -47,10 +47,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def load_model(name: str, dtype: str | None) -> MoEModel:
     """A preset, or the sizes in config.json of a checkpoint folder."""
-    if name in MODEL_PRESETS or not Path(name).is_dir():
-        model = MoEModel.preset(name)
-    else:
-        model = MoEModel.from_checkpoint(name)
+    model = MoEModel.load(name)
     return model if dtype is None else replace(model, dtype=dtype)
 
 

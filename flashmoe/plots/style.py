@@ -150,8 +150,8 @@ FACTS = {
     "machine": "{}",
     "model": "{}",
     "policy": "policy {}",
-    "num_tokens": "{} tokens per PE",
-    "ep_size": "EP {}",
+    "tokens": "{} tokens per PE",
+    "ep": "EP {}",
     "routing": "routing {}",
     "layers": "{} layers",
 }
@@ -168,8 +168,8 @@ def facts_of(trace: Trace) -> dict[str, Any]:
         "machine": header.get("machine"),
         "model": model.get("name") if isinstance(model, dict) else model,
         "policy": header.get("policy"),
-        "num_tokens": tokens,
-        "ep_size": trace.num_pes,
+        "tokens": tokens,
+        "ep": trace.num_pes,
         "routing": header.get("routing_name"),
         "layers": num_layers(trace),
     }

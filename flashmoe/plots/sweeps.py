@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # A column's label on an axis, and what its values are multiplied with: by its name, else by the end of its name.
 LABELS: dict[str, tuple[str, float]] = {
-    "num_tokens": ("tokens per PE", 1),
-    "ep_size": ("PEs", 1),
+    "tokens": ("tokens per PE", 1),
+    "ep": ("PEs", 1),
     "num_workers": ("workers of a PE", 1),
     "headroom": ("time above the lower bound [%]", 100),
 }
@@ -41,7 +41,7 @@ LOG_RATIO = 16  # a scale whose largest value is this many times the smallest is
 
 
 def plot_makespan(
-    frame: DataFrame, ax: Axes, *, over: str = "num_tokens", lines: str = "policy", title: str | None = None
+    frame: DataFrame, ax: Axes, *, over: str = "tokens", lines: str = "policy", title: str | None = None
 ) -> Axes:
     """Draw the makespan over the number of tokens, or another column, a line for each policy, above its lower bound.
 

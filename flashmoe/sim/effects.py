@@ -71,6 +71,10 @@ EFFECTS: dict[str, Effect] = {
         "A worker is busy while it stores to another PE. Without: it goes on at once.",
         _set(store_bytes_per_ns=UNLIMITED),
     ),
+    "activations": Effect(
+        "A task reads its tokens' rows and writes what it makes, at a CU's rate from the cache. Without: for nothing.",
+        _set(cache_bytes_per_ns=UNLIMITED),
+    ),
     "matrix_rate": Effect(
         "Arithmetic takes time. Without: tasks stream weights and activations, and the rest is free.",
         _set(cu_flops_per_ns=UNLIMITED),

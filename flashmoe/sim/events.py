@@ -30,8 +30,9 @@ class Events:
 
     A worker sees its own signals at once, those of its domain near_ps later, other domains' far_ps later, another
     PE's when they land. An event is complete for a worker when it sees all of them; what is kept is the last maker's
-    signal and the last of the others, so a worker may see an event a little later than that, never earlier. Who waits
-    is woken when the event lands: in the domain of the last signal's maker, then in the others; in the order of waiting.
+    signal and the last of the others, so a worker may see an event a little later than that, never earlier. Who
+    waits is woken when the event lands: in the domain of the last signal's maker, then in the others; in the order
+    of waiting.
     """
 
     def __init__(self, env: simpy.Environment, target: list[int]) -> None:
