@@ -15,7 +15,7 @@ from flashmoe.hw import Layer, run
 from flashmoe.machine import Machine
 from flashmoe.model import MoEModel
 from flashmoe.placement import Placement
-from flashmoe.policy import Policy, policy
+from flashmoe.policy import Policy, policy, schedule
 from flashmoe.routing import Routing
 from flashmoe.sim import evaluate, simulate
 from flashmoe.sweep import sweep
@@ -41,6 +41,7 @@ __all__ = [
     "evaluate",
     "policy",
     "run",
+    "schedule",
     "simulate",
     "sweep",
     "tune",

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flashmoe"
 SPECS = [
     "model", "machine", "routing", "families", "recorded", "counts", "placement", "weights", "trace", "tasks", "policy",
-    "schedule",
+    "schedule", "liveness",
 ]  # fmt: skip
 READERS = ["answers", "chrome", "compare", "explain", "plots"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from traces import layer_trace, make_trace
 
-from flashmoe.trace import KINDS, TRACE_DTYPE, Trace
+from flashmoe.trace import KINDS, TRACE_DTYPE, TRACE_FORMAT, Trace
 
 
 def two_workers() -> Trace:
@@ -92,7 +92,7 @@ def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
     assert loaded.records.tobytes() == trace.records.tobytes()
     assert loaded.critical_path.tolist() == [1, 0]
     assert loaded.header == trace.header
-    assert loaded.header["format"] == 1
+    assert loaded.header["format"] == TRACE_FORMAT
     assert loaded.header["bounds_ps"]["hbm"] == 0.1 + 0.2
 
 
@@ -131,8 +131,8 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     save_with(json.dumps({"executor": "simpy"}))
     with pytest.raises(ValueError, match="names no format"):
         Trace.load(path)
-    save_with(json.dumps({**header, "format": 2}))
-    with pytest.raises(ValueError, match=r"x\.npz: trace format 2 .*format 1"):
+    save_with(json.dumps({**header, "format": 1}))
+    with pytest.raises(ValueError, match=r"x\.npz: trace format 1 .*format 2"):
         Trace.load(path)
     save_with(json.dumps(header), dtype=[("pe", "u2")])
     with pytest.raises(ValueError, match=r"x\.npz: trace records are 1-d of .*'pe'"):
