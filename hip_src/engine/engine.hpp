@@ -1,26 +1,36 @@
 // The native discrete-event engine: the same events in the same order as flashmoe/sim/simpy_engine.py, which
 // explains them. A worker is a state machine instead of a generator, and nothing is allocated for a task.
 #pragma once
-#include <deque>
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "events.hpp"
+#include "flashmoe/policy.hpp"
 #include "layer_graph.hpp"
-#include "links.hpp"
 
 namespace flashmoe::engine {
-
-//! What a worker did with its time, summed over tasks [ps].
-struct TimeShares {
-  i64 ticket = 0, inputs = 0, stream = 0, compute = 0, overhead = 0, send = 0;
-};
 
 //! A finished task, by row within its layer.
 struct Record {
   u32 worker;
   i64 ready_ps, asked_ps, ticket_ps, start_ps, loaded_ps, done_ps, end_ps;
+};
+
+//! What workers did with their time, summed over tasks [ps].
+struct TimeShares {
+  i64 ticket = 0, inputs = 0, stream = 0, compute = 0, overhead = 0, send = 0;
+
+  //! since_ps: end of the worker's task before; send_ps: time of the remote stores.
+  void add(const Record& task, i64 since_ps, i64 send_ps) {
+    ticket += std::max(i64{0}, task.ticket_ps - std::max(task.asked_ps, since_ps));
+    inputs += task.start_ps - std::max(task.ticket_ps, since_ps);
+    stream += std::max(i64{0}, task.loaded_ps - task.start_ps);
+    compute += task.done_ps - std::max(task.start_ps, task.loaded_ps);
+    const i64 after_ps = task.end_ps - task.done_ps;
+    send += std::min(after_ps, send_ps);
+    overhead += after_ps - std::min(after_ps, send_ps);
+  }
 };
 
 //! A worker that will wait for ever, for the message.

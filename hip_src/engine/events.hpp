@@ -1,9 +1,10 @@
-// Who sees when that an event is complete; flashmoe/sim/events.py explains it.
+// What tasks wait for: counters that signals add to, and who sees when that one is complete.
+// flashmoe/sim/events.py explains it.
 #pragma once
 #include <vector>
 
-#include "clock.hpp"
-#include "flashmoe/task.hpp"
+#include "items.hpp"
+#include "worker_state.hpp"
 
 namespace flashmoe::engine {
 
@@ -38,10 +39,6 @@ struct EventState {
     if (who == worker) return own_ps;
     return who_domain == domain ? near_ps : far_ps;
   }
-  bool is_seen(u32 who, std::int32_t who_domain, i64 now_ps) const {
-    return is_complete() && seen_ps(who, who_domain) <= now_ps;
-  }
-  bool is_seen_by_all(i64 now_ps) const { return is_complete() && far_ps <= now_ps; }
 };
 
 //! Who is to be told when an event lands.
@@ -52,6 +49,99 @@ struct Waiter {
   u32 pick, serial;     // stream
   std::int32_t domain;  // -1: only when everybody sees it
   u32 next;
+};
+
+//! The waiters of all events, a list each, in the order of waiting.
+class Waiters {
+ public:
+  void add(EventState& e, const Waiter& waiter) {
+    u32 node = free_;
+    if (node == none) {
+      node = static_cast<u32>(waiters_.size());
+      waiters_.push_back(waiter);
+    } else {
+      free_ = waiters_[node].next;
+      waiters_[node] = waiter;
+    }
+    append(e, node);
+  }
+
+  //! Takes those out who see an event that lands in a domain; domain_plus_1 0: everybody does.
+  void take(EventState& e, u32 domain_plus_1, std::vector<Waiter>& landed) {
+    u32 node = e.first_waiter;
+    e.first_waiter = e.last_waiter = none;
+    while (node != none) {
+      Waiter& waiter = waiters_[node];
+      const u32 next = waiter.next;
+      if (domain_plus_1 == 0 || waiter.domain == static_cast<std::int32_t>(domain_plus_1) - 1) {
+        landed.push_back(waiter);
+        waiter.next = free_;
+        free_ = node;
+      } else {
+        append(e, node);
+      }
+      node = next;
+    }
+  }
+
+ private:
+  void append(EventState& e, u32 node) {
+    waiters_[node].next = none;
+    if (e.first_waiter == none) {
+      e.first_waiter = node;
+    } else {
+      waiters_[e.last_waiter].next = node;
+    }
+    e.last_waiter = node;
+  }
+
+  std::vector<Waiter> waiters_;
+  u32 free_ = none;
+};
+
+//! The events of one layer.
+class Events {
+ public:
+  Events(Clock& clock, Waiters& waiters, u32 layer) : clock_(clock), waiters_(waiters), layer_(layer) {}
+
+  u32 add(u32 target) {
+    events_.emplace_back().target = target;
+    return size() - 1;
+  }
+  u32 size() const { return static_cast<u32>(events_.size()); }
+  const EventState& operator[](u32 event) const { return events_[event]; }
+
+  //! Adds one. maker: the worker, or nullptr: another PE. far_ps, near_ps: when others see it.
+  void signal(u32 event, const Worker* maker, i64 far_ps, i64 near_ps) {
+    EventState& e = events_[event];
+    const bool completed = maker != nullptr
+                               ? e.add(maker->number, maker->domain, clock_.now(), far_ps, near_ps)
+                               : e.add(none, -1, clock_.now(), far_ps, near_ps);
+    if (!completed) return;
+    const u64 where = pair_of(layer_, event);
+    if (e.near_ps < e.far_ps) clock_.at(e.near_ps, item(What::land, static_cast<u32>(e.domain) + 1, where));
+    clock_.at(e.far_ps, item(What::land, 0, where));
+  }
+
+  //! When a worker sees a complete event as such.
+  i64 seen_ps(u32 event, const Worker& w) const { return events_[event].seen_ps(w.number, w.domain); }
+  bool is_seen(u32 event, const Worker& w) const {
+    return events_[event].is_complete() && seen_ps(event, w) <= clock_.now();
+  }
+  bool is_seen_by_all(u32 event) const {
+    return events_[event].is_complete() && events_[event].far_ps <= clock_.now();
+  }
+
+  void call_when_landed(u32 event, const Waiter& waiter) { waiters_.add(events_[event], waiter); }
+  void take_landed(u32 event, u32 domain_plus_1, std::vector<Waiter>& landed) {
+    waiters_.take(events_[event], domain_plus_1, landed);
+  }
+
+ private:
+  Clock& clock_;
+  Waiters& waiters_;
+  u32 layer_;
+  std::vector<EventState> events_;
 };
 
 }  // namespace flashmoe::engine
