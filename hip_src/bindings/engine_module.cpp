@@ -281,8 +281,8 @@ py::dict run_layers(const py::dict& given, const std::vector<std::shared_ptr<Lay
   return answer;
 }
 
-//! CPU seconds that a bare loop over std::priority_queue takes: workers that each hold a task for a time, then
-//! take the next. What an engine can be compared with on the machine at hand.
+//! CPU seconds that a bare loop over std::priority_queue takes: workers that each hold a task for a time,
+//! then take the next. What an engine can be compared with on the machine at hand.
 double priority_queue_loop(u64 num_tasks, u32 num_workers) {
   const std::clock_t begin = std::clock();
   using Event = std::pair<i64, u32>;
