@@ -30,23 +30,37 @@ def lower_bounds(tables: Sequence[TaskTable], parameters: Parameters, gap_ps: in
     layers = [_Layer(table, parameters) for table in tables]
     machine, num_workers = parameters.machine, parameters.num_workers
     is_host = machine.num_cores > 0
-    # nothing happens before the first worker starts, nor between launches
-    launch_ps = int(parameters.start_ps.min())
-    idle_ps = launch_ps + (0 if gap_ps is None else (len(layers) - 1) * (launch_ps + gap_ps))
+    idle_ps = _idle_ps(layers, parameters, gap_ps)
     hbm_ps = np.sum([layer.hbm_ps() for layer in layers], axis=0)
     stages_ps = np.sum([layer.stages_ps() for layer in layers], axis=0)  # (stages, num_pes)
-    workers_ps = max(stage.max(initial=0.0) for stage in stages_ps) / num_workers
+    workers_ps = (stages_ps / num_workers + idle_ps).max()
     if is_host:
-        workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores)
-    links_ps = _links_ps(np.sum([layer.traffic() for layer in layers], axis=0), parameters)
+        workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores + idle_ps.min())
+    launch_ps = int(parameters.start_ps.min())
+    links_ps = _links_ps(layers, parameters)
     bounds_ps = {
-        "hbm": (hbm_ps.sum() if is_host else hbm_ps.max()) + idle_ps,
-        "workers": workers_ps + idle_ps,
-        "longest_task": max(layer.longest_pick_ps() for layer in layers) + launch_ps,
+        "hbm": hbm_ps.sum() + idle_ps.min() if is_host else (hbm_ps + idle_ps).max(),
+        "workers": workers_ps,
+        "longest_task": max((layer.longest_pick_ps() + launch_ps for layer in layers if len(layer.table)), default=0),
         "critical_path": _critical_path_ps(layers, parameters, gap_ps),
-        "links": links_ps + idle_ps,
+        "links": links_ps + launch_ps if links_ps > 0 else 0,  # a link may go on while its PE is idle
     }
     return {name: int(bound * _SAFETY) for name, bound in bounds_ps.items()}
+
+
+def busiest_link_ps(tables: Sequence[TaskTable], parameters: Parameters) -> float:
+    """Least time that the busiest direction of a link or of a port is busy [ps]."""
+    return _links_ps([_Layer(table, parameters) for table in tables], parameters)
+
+
+def _idle_ps(layers: Sequence[_Layer], parameters: Parameters, gap_ps: int | None) -> NDArray[np.float64]:
+    """(num_pes,) while nothing happens on a PE: before its first worker starts, and between launches up to its last."""
+    launch_ps = int(parameters.start_ps.min())
+    idle_ps = np.zeros(parameters.num_pes)
+    for number, layer in enumerate(layers):
+        launches_ps = launch_ps if gap_ps is None else launch_ps + number * (launch_ps + gap_ps)
+        idle_ps[np.unique(layer.table.tasks["pe"])] = launches_ps
+    return idle_ps
 
 
 def distinct_weight_bytes(table: TaskTable) -> NDArray[np.float64]:
@@ -90,6 +104,11 @@ class _Layer:
         stages = [*_stages(costs), np.where(tasks["chain"] > 0, costs.least_ps, 0)]
         return float(max(np.add.reduceat(stage, heads).max() for stage in stages))
 
+    def is_output(self) -> NDArray[np.bool_]:
+        """(num_tasks,) whether a task signals nothing: it writes what the layer leaves."""
+        signals: NDArray[np.bool_] = np.diff(self.table.signal_ptr.astype(np.int64)) == 0
+        return signals
+
     def traffic(self) -> NDArray[np.float64]:
         """(num_pes, num_pes) bytes from each PE to each other one."""
         table = self.table
@@ -106,8 +125,9 @@ def _stages(costs: Costs) -> list[NDArray[np.int64]]:
     return [costs.stream_ps, costs.compute_ps + costs.after_ps] if costs.early else [costs.least_ps]
 
 
-def _links_ps(traffic: NDArray[np.float64], parameters: Parameters) -> float:
+def _links_ps(layers: Sequence[_Layer], parameters: Parameters) -> float:
     machine = parameters.machine
+    traffic = np.sum([layer.traffic() for layer in layers], axis=0)
     busiest_ns = traffic.max(initial=0.0) / machine.link_bytes_per_ns
     if machine.port_bytes_per_ns > 0:
         at_ports = max(traffic.sum(axis=0).max(initial=0.0), traffic.sum(axis=1).max(initial=0.0))
@@ -119,17 +139,16 @@ def _critical_path_ps(layers: Sequence[_Layer], parameters: Parameters, gap_ps: 
     """Earliest end of the last task, layer after layer."""
     launch_ps = float(parameters.start_ps.min())
     entry_ps = np.full(parameters.num_pes, launch_ps)
+    last_ps = 0.0
     for number, layer in enumerate(layers):
         if number > 0 and gap_ps is not None:
             entry_ps = entry_ps + gap_ps + launch_ps
         end_ps = _earliest_ends(layer, parameters, entry_ps.tolist(), launch_ps)
+        last_ps = max(last_ps, float(end_ps.max(initial=0.0)))
         pe = layer.table.tasks["pe"]
-        all_ps, outputs_ps = entry_ps.copy(), entry_ps.copy()
-        np.maximum.at(all_ps, pe, end_ps)
-        is_output = np.diff(layer.table.signal_ptr.astype(np.int64)) == 0
-        np.maximum.at(outputs_ps, pe[is_output], end_ps[is_output])
-        entry_ps = outputs_ps if gap_ps is None else all_ps
-    return float(all_ps.max(initial=0.0))
+        is_next_input = np.ones(len(end_ps), bool) if gap_ps is not None else layer.is_output()
+        np.maximum.at(entry_ps, pe[is_next_input], end_ps[is_next_input])
+    return last_ps
 
 
 def _earliest_ends(

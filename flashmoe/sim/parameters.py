@@ -57,13 +57,16 @@ def resolve(
     pe_speed: one factor a PE, times what pe_spread draws.
     Raises: ValueError naming pe_speed or the seed where they do not fit.
     """
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed={seed} (must be in 0..2^63 - 1)")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed={seed!r} (must be a whole number in 0..2^63 - 1)")
     speeds = np.ones(num_pes)
     if pe_speed is not None:
-        speeds = np.array(pe_speed, np.float64)
-        if speeds.shape != (num_pes,) or not np.all((speeds > 0) & np.isfinite(speeds)):
-            raise ValueError(f"pe_speed={list(pe_speed)} (must be {num_pes} positive factors, one a PE)")
+        try:
+            speeds = np.array(list(pe_speed), np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"pe_speed={pe_speed!r} (must be {num_pes} factors, one a PE)") from None
+        if speeds.shape != (num_pes,) or not np.all((speeds >= 1e-3) & (speeds <= 1e3)):
+            raise ValueError(f"pe_speed={list(pe_speed)} (must be {num_pes} factors in 0.001..1000, one a PE)")
         if machine.num_cores > 0 and len(set(speeds.tolist())) > 1:
             raise ValueError(f"pe_speed={list(pe_speed)} (must be equal: the PEs of a host share its memory)")
     if machine.pe_spread > 0:
@@ -84,7 +87,7 @@ def resolve(
         machine=machine,
         num_pes=num_pes,
         num_workers=num_workers,
-        seed=seed,
+        seed=int(seed),
         speeds=speeds,
         start_ps=start_ps.astype(np.int64),
         rates=nominal * speeds[:, None],

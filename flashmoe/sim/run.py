@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flashmoe.policy import Policy, resolve
 from flashmoe.routing import Routing
 from flashmoe.schedule import Schedule, to_schedule
 from flashmoe.sim import effects, parameters
-from flashmoe.sim.bounds import distinct_weight_bytes, lower_bounds
+from flashmoe.sim.bounds import busiest_link_ps, distinct_weight_bytes, lower_bounds
 from flashmoe.sim.engines import ENGINES
 from flashmoe.sim.native_engine import run_layers
 from flashmoe.sim.simpy_engine import Progress
@@ -163,8 +164,8 @@ class _Run:
             raise ValueError(f"routings for {sorted(ep_sizes)} PEs (must be the same for all layers)")
         for one in routings:
             one.check(model)
-        if gap_us is not None and not 0 <= gap_us < 1e9:
-            raise ValueError(f"gap_us={gap_us} (must be None, or a time of at least 0)")
+        if gap_us is not None and not (isinstance(gap_us, int | float) and 0 <= gap_us < 1e6):
+            raise ValueError(f"gap_us={gap_us!r} (must be None, or a time in 0..1e6)")
         if isinstance(without, str):
             raise ValueError(f"without={without!r} (must be a list of effects: {', '.join(effects.EFFECTS)})")
         switched_off = list(without)
@@ -176,8 +177,8 @@ class _Run:
                 f"{resolved_machine.num_pes_max} PEs)"
             )
         num_workers = resolved_machine.num_cus if workers is None else workers
-        if not 1 <= num_workers < 1 << 16:
-            raise ValueError(f"workers={workers} (must be in 1..65535)")
+        if not isinstance(num_workers, int | np.integer) or not 1 <= num_workers < 1 << 16:
+            raise ValueError(f"workers={num_workers!r} (must be a whole number in 1..65535)")
         resolved = parameters.resolve(resolved_machine, ep_size, num_workers, seed=seed, pe_speed=pe_speed)
         return cls(
             model=model,
@@ -223,6 +224,7 @@ class _Run:
             )
         return self._totals(
             bounds_ps={name: int(bound * (1.0 - 1e-9)) for name, bound in result["bounds_ps"].items()},
+            busiest_link_ps=result["busiest_link_ps"],
             distinct_bytes=int(result["distinct_weight_bytes"]),
             **{name: result[name] for name in ("makespan_ps", "num_tasks", "layer_end_ps", "time_ps")},
             **{name: result[name] for name in ("hbm_bytes", "link_bytes")},
@@ -233,6 +235,7 @@ class _Run:
         return self._totals(
             makespan_ps=int(max(ends)),
             bounds_ps=lower_bounds(tables, self.parameters, self.gap_ps),
+            busiest_link_ps=busiest_link_ps(tables, self.parameters),
             num_tasks=len(records),
             layer_end_ps=[int(end) for end in ends],
             hbm_bytes=int(records["hbm_bytes"].sum()),
@@ -246,6 +249,7 @@ class _Run:
         *,
         makespan_ps: int,
         bounds_ps: dict[str, int],
+        busiest_link_ps: float,
         num_tasks: int,
         layer_end_ps: list[int],
         hbm_bytes: int,
@@ -257,8 +261,9 @@ class _Run:
         all_ps = num_pes * self.num_workers * makespan_ps
         shares = {**time_ps, "other": all_ps - sum(time_ps.values())}
         bound_ps = max(bounds_ps.values())
-        num_memories = 1 if machine.num_cores > 0 else num_pes
-        could_stream = machine.hbm_bytes_per_ns * num_memories * makespan_ps / 1000.0
+        # a slow PE's memory is slow, too; the PEs of a host share one
+        speeds = self.parameters.speeds[:1] if machine.num_cores > 0 else self.parameters.speeds
+        could_stream = machine.hbm_bytes_per_ns * float(speeds.sum()) * makespan_ps / 1000.0
         busy_ps = sum(shares[name] for name in ("stream", "compute", "overhead", "send"))
         return Totals(
             makespan_ps=makespan_ps,
@@ -269,7 +274,7 @@ class _Run:
             ep_size=num_pes,
             num_workers=self.num_workers,
             layers=len(self.routings),
-            layer_end_ps=layer_end_ps,
+            layer_end_ps=list(accumulate(layer_end_ps, max)),  # a layer without tasks ends with the one before
             hbm_bytes=hbm_bytes,
             link_bytes=link_bytes,
             distinct_weight_bytes=distinct_bytes,
@@ -277,7 +282,7 @@ class _Run:
             utilisation={
                 "cu": busy_ps / all_ps if all_ps else 0.0,
                 "hbm": hbm_bytes / could_stream if could_stream else 0.0,
-                "link": bounds_ps["links"] / makespan_ps if makespan_ps else 0.0,
+                "link": busiest_link_ps / makespan_ps if makespan_ps else 0.0,
             },
         )
 

@@ -277,6 +277,7 @@ py::dict run_layers(const py::dict& given, const std::vector<std::shared_ptr<Lay
   }
   py::dict answer = result_dict(result);
   answer["distinct_weight_bytes"] = distinct_bytes;
+  answer["busiest_link_ps"] = with_bounds ? bounds.result().busiest_link_ps : 0.0;
   answer["bounds_ps"] = with_bounds ? py::object(bounds_dict(bounds.result())) : py::object(py::none());
   return answer;
 }

@@ -10,6 +10,7 @@ namespace flashmoe::engine {
 
 struct Bounds {
   double hbm_ps, workers_ps, longest_task_ps, critical_path_ps, links_ps;
+  double busiest_link_ps;  // without the launch
 };
 
 //! Layers are added in their order. Jitter is left out.
@@ -22,6 +23,7 @@ class BoundsOf {
         distinct_(p.num_pes),
         stream_ps_(p.num_pes),
         rest_ps_(p.num_pes),
+        idle_ps_(p.num_pes),
         entry_ps_(p.num_pes),
         traffic_(u64{p.num_pes} * p.num_pes) {
     launch_ps_ = static_cast<double>(*std::min_element(p.start_ps.begin(), p.start_ps.end()));
@@ -31,10 +33,12 @@ class BoundsOf {
     if (num_layers_ == 0 || !pipelined_) {
       for (double& entry : entry_ps_)
         entry += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
-      idle_ps_ += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
+      launches_ps_ += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
     }
     ++num_layers_;
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
+      // launches and gaps count on a PE while it has tasks
+      if (g.first[pe] < g.first[pe + 1]) idle_ps_[pe] = launches_ps_;
       distinct_[pe] += g.distinct_bytes[pe] / (p_.hbm_bytes_per_ns * p_.speeds[pe]) * 1000.0;
     }
     for (const TaskClass& c : g.classes) add_class(g, c);
@@ -44,20 +48,20 @@ class BoundsOf {
 
   Bounds result() const {
     const bool is_host = p_.num_cores > 0;
+    const double least_idle = *std::min_element(idle_ps_.begin(), idle_ps_.end());
     double hbm = 0, all = 0, busiest_links = 0;
-    for (double ps : distinct_) {
-      hbm = std::max(hbm, ps);
-      all += ps;
+    for (u32 pe = 0; pe < p_.num_pes; ++pe) {
+      hbm = std::max(hbm, distinct_[pe] + idle_ps_[pe]);
+      all += distinct_[pe];
     }
-    std::vector<double> sums[2] = {stream_ps_, rest_ps_};
     double workers = 0;
-    for (const std::vector<double>& sum : sums) {
+    for (const std::vector<double>* stage : {&stream_ps_, &rest_ps_}) {
       double total = 0;
-      for (double ps : sum) {
-        workers = std::max(workers, ps / p_.num_workers);
-        total += ps;
+      for (u32 pe = 0; pe < p_.num_pes; ++pe) {
+        workers = std::max(workers, (*stage)[pe] / p_.num_workers + idle_ps_[pe]);
+        total += (*stage)[pe];
       }
-      if (is_host) workers = std::max(workers, total / p_.num_cores);
+      if (is_host) workers = std::max(workers, total / p_.num_cores + least_idle);
     }
     for (u32 a = 0; a < p_.num_pes; ++a) {
       double out = 0, in = 0;
@@ -69,10 +73,14 @@ class BoundsOf {
       if (p_.port_bytes_per_ns > 0)
         busiest_links = std::max(busiest_links, std::max(out, in) / p_.port_bytes_per_ns);
     }
-    double critical = 0;
-    for (double ps : end_of_pe_) critical = std::max(critical, ps);
-    return Bounds{(is_host ? all : hbm) + idle_ps_, workers + idle_ps_, longest_ps_ + launch_ps_, critical,
-                  busiest_links * 1000.0 + idle_ps_};
+    busiest_links *= 1000.0;
+    return Bounds{
+        is_host ? all + least_idle : hbm,
+        workers,
+        longest_ps_ > 0 ? longest_ps_ + launch_ps_ : 0.0,
+        last_end_ps_,
+        busiest_links > 0 ? busiest_links + launch_ps_ : 0.0,  // a link may go on while its PE is idle
+        busiest_links};
   }
 
  private:
@@ -146,10 +154,10 @@ class BoundsOf {
         const u32 pe = pe_of(g, c.first_row);
         end_class(g, pe, c.first_row, number, c);
         all_ps[pe] = std::max(all_ps[pe], end_ps_[number]);
+        last_end_ps_ = std::max(last_end_ps_, end_ps_[number]);
         if (c.signal_begin == c.signal_end) outputs_ps[pe] = std::max(outputs_ps[pe], end_ps_[number]);
       }
     }
-    end_of_pe_ = all_ps;
     entry_ps_ = pipelined_ ? outputs_ps : all_ps;
   }
 
@@ -183,10 +191,10 @@ class BoundsOf {
   bool pipelined_;
   i64 gap_ps_;
   u32 num_layers_ = 0;
-  double launch_ps_ = 0, idle_ps_ = 0, longest_ps_ = 0;
+  double launch_ps_ = 0, launches_ps_ = 0, longest_ps_ = 0, last_end_ps_ = 0;
   std::vector<double> distinct_;  // [num_pes] least time for the weights [ps]
   std::vector<double> stream_ps_, rest_ps_;
-  std::vector<double> entry_ps_, end_of_pe_;
+  std::vector<double> idle_ps_, entry_ps_;
   std::vector<double> traffic_;              // [source][destination] bytes
   std::array<std::vector<u32>, 7> by_kind_;  // classes
   std::vector<double> event_ps_, end_ps_, weights_ps_;

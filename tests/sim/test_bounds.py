@@ -74,7 +74,7 @@ def test_nothing_happens_before_the_launch():
     table.task("gate", weights=100, flops=2)
     machine = plain_machine(launch_ps=5_000, launch_step_ps=300)
     bounds = bounds_of(table, machine, 4)
-    expected = {"hbm": 6_000, "workers": 7_500, "longest_task": 15_000, "critical_path": 15_000, "links": 5_000}
+    expected = {"hbm": 6_000, "workers": 7_500, "longest_task": 15_000, "critical_path": 15_000, "links": 0}
     assert bounds == pytest.approx(expected, abs=1)
 
 
@@ -115,7 +115,14 @@ def test_launches_of_their_own_add_up_with_what_lies_between():
     bounds = bounds_of(layers_by_hand(), machine, 1, gap_ps=7_000)
     assert bounds["critical_path"] == pytest.approx(110_100 + 7_100, abs=1)
     assert bounds["hbm"] == pytest.approx(10_000 + 100 + 7_100, abs=1)
-    assert bounds["links"] == pytest.approx(100 + 7_100, abs=1)
+    assert bounds["links"] == 0
+
+
+def test_empty_layers_bound_nothing():
+    machine = plain_machine(launch_ps=100)
+    tables = [*layers_by_hand()[:1], HandTable(num_pes=2)]
+    assert bounds_of(tables, machine, 1, gap_ps=7_000) == bounds_of(tables[:1], machine, 1, gap_ps=7_000)
+    assert set(bounds_of([HandTable()], machine, 1).values()) == {0}
 
 
 def test_with_prefetch_a_layers_first_weights_stream_during_the_layer_before():

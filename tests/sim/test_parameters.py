@@ -91,12 +91,12 @@ def test_who_jitters():
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"pe_speed": [1.0]}, r"pe_speed=\[1.0\] \(must be 2 positive factors, one a PE\)"),
-        ({}, {"pe_speed": [1.0, 0.0]}, "must be 2 positive factors"),
-        ({}, {"pe_speed": [1.0, float("inf")]}, "must be 2 positive factors"),
-        ({}, {"pe_speed": [1.0, float("nan")]}, "must be 2 positive factors"),
+        ({}, {"pe_speed": [1.0]}, r"pe_speed=\[1.0\] \(must be 2 factors in 0\.001\.\.1000, one a PE\)"),
+        ({}, {"pe_speed": [1.0, 0.0]}, "must be 2 factors"),
+        ({}, {"pe_speed": [1.0, float("inf")]}, "must be 2 factors"),
+        ({}, {"pe_speed": [1.0, float("nan")]}, "must be 2 factors"),
         ({"num_cores": 2, "prefetch": False}, {"pe_speed": [1.0, 0.9]}, "must be equal: the PEs of a host"),
-        ({}, {"seed": -1}, r"seed=-1 \(must be in 0\.\.2\^63 - 1\)"),
+        ({}, {"seed": -1}, r"seed=-1 \(must be a whole number in 0\.\.2\^63 - 1\)"),
         ({}, {"seed": 2**63}, "seed=9223372036854775808"),
     ],
 )

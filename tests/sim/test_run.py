@@ -209,7 +209,7 @@ def test_memory_stays_flat_however_many_layers_there_are(gap_us):
     ("change", "message"),
     [
         ({"engine": "native2"}, r"unknown engine 'native2' \(engines: native, simpy\)"),
-        ({"workers": 0}, r"workers=0 \(must be in 1\.\.65535\)"),
+        ({"workers": 0}, r"workers=0 \(must be a whole number in 1\.\.65535\)"),
         ({"workers": 65_536}, "workers=65536"),
         ({"machine": "mi9"}, "unknown machine 'mi9'"),
         ({"policy": "best"}, "'best' .*static_phase"),

@@ -85,7 +85,7 @@ def test_a_layer_by_hand(engine):
         {
             "cu": (9_600 + 40 + 5_000) / (2 * back_ps),
             "hbm": 96 / (0.1 * 2 * back_ps),  # 100 bytes/ns, two of them
-            "link": totals.bounds_ps["links"] / back_ps,
+            "link": 1_500 / back_ps,  # 24 bytes at 16 bytes/ns
         }
     )
 
