@@ -20,6 +20,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "ratio": {"ratio": 1},
     "flag": {"flag": 1},
 }
+_LONGEST_PS = 10**12  # a second: far beyond any of these times, and sums of them stay in 64 bits
 _ORIGINS = ("measured", "datasheet", "estimate", "fitted")
 _NAMES = ("name", "base", "description")  # keys of a file that are not parameters
 
@@ -33,9 +34,14 @@ class Origin(NamedTuple):
 
 
 def _parameter(unit: str, what: str, *, least: float | None = None, most: float = math.inf, **options: Any) -> Any:
-    """A field of Machine. least: by default 0 for a time, 1 for a count, and any positive number for the others."""
-    if least is None and unit in ("ps", "count"):
-        least = 0 if unit == "ps" else 1
+    """A field of Machine. least: by default 0 for a time, 1 for a count, and any positive number for the others.
+
+    A time is a second at most.
+    """
+    if unit == "ps":
+        least, most = 0, _LONGEST_PS
+    elif least is None and unit == "count":
+        least = 1
     return field(metadata={"unit": unit, "what": what, "least": least, "most": most}, **options)
 
 
@@ -49,7 +55,7 @@ class Machine:
     """
 
     name: str
-    num_cus: int = _parameter("count", "CUs (SMs) of one PE: its workers, one a CU")
+    num_cus: int = _parameter("count", "CUs (SMs) of one PE: its workers, one a CU", most=65535)
     num_domains: int = _parameter("count", "groups of CUs with an L2 of their own (XCDs)")
     num_pes_max: int = _parameter("count", "largest number of PEs that the fabric joins")
     # memory
@@ -160,7 +166,11 @@ class Machine:
             return cls.preset(str(machine))
         if not path.is_file():
             raise ValueError(f"no machine file {str(path)!r} (presets: {', '.join(preset_names())})")
-        return _from_toml(path.read_text(encoding="utf-8"), path.stem)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"machine file {str(path)!r} is not UTF-8: {error}") from error
+        return _from_toml(text, path.stem)
 
     def overhead_ps(self, kind: str) -> int:
         """Fixed part of a task of this kind [ps]."""
@@ -201,7 +211,8 @@ def _preset_folder() -> Any:
     return resources.files("flashmoe") / "presets"
 
 
-def _check(key: str, value: Any) -> None:
+def _check(key: str, value: Any, written: str = "") -> None:
+    """Raise ValueError unless Machine takes the value of this parameter. written: the value as a file has it."""
     about = Machine.__dataclass_fields__[key].metadata
     unit, least, most = about["unit"], about["least"], about["most"]
     if unit == "flag":
@@ -214,7 +225,7 @@ def _check(key: str, value: Any) -> None:
         good = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
         good = good and (value > 0 if least is None else least <= value <= most)
     if not good:
-        raise ValueError(f"{key}={value!r} (must be {accepted})")
+        raise ValueError(f"{key}={written or repr(value)} (must be {accepted})")
 
 
 def _from_toml(text: str, default_name: str) -> Machine:
@@ -231,9 +242,14 @@ def _from_toml(text: str, default_name: str) -> Machine:
         raise ValueError(
             f"unknown machine parameter {unknown[0]!r} (parameters: {', '.join(units)}; also {', '.join(_NAMES)})"
         )
+    for key in _NAMES:
+        if not isinstance(entries.get(key, ""), str):
+            raise ValueError(f"{key} = {entries[key]!r} (must be a text)")
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     if "base" in entries:
+        if entries["base"] not in preset_names():
+            raise ValueError(f"base = {entries['base']!r} (must be a preset: {', '.join(preset_names())})")
         base = Machine.preset(entries["base"])
         values = base.to_dict()
         origins = {
@@ -249,7 +265,7 @@ def _from_toml(text: str, default_name: str) -> Machine:
         raise ValueError(
             f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
         )
-    return Machine(**values, description=str(entries.get("description", "")), origins=origins)
+    return Machine(**values, description=entries.get("description", ""), origins=origins)
 
 
 def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
@@ -261,7 +277,11 @@ def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
     if entry["origin"] not in _ORIGINS:
         raise ValueError(f"{key} has origin {entry['origin']!r} (accepted: {', '.join(_ORIGINS)})")
     value, scale = entry["value"], _UNITS[unit][entry["unit"]]
-    if scale != 1 and type(value) in (int, float):
-        value = round(value * scale) if unit == "ps" else value * scale
-    _check(key, value)
+    if scale == 1 or type(value) not in (int, float):
+        _check(key, value)
+    else:
+        written, value = f"{value!r} {entry['unit']}", value * scale
+        if unit == "ps" and abs(value) < math.inf:  # neither infinite nor NaN, which do not round
+            value = round(value)
+        _check(key, value, written)
     return value, Origin(unit, entry["origin"], str(entry["source"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
@@ -21,7 +22,8 @@ Rows = Generator[list[Row], None, None]
 _CHUNK_S = 0.2  # of work sent to a process at a time: long beside the sending, short for whoever watches
 _MOST_POINTS = 64  # of a chunk
 _RETRIES = 3  # of a Dask task that raises, or whose worker is gone: Dask's own allowance for the latter
-_PATIENCE_S = 30  # until a scheduler answers and has a worker
+_CONNECT_S = 10  # until a scheduler answers
+_PATIENCE_S = 30  # until it has a worker
 
 
 def on_cores(points: Sequence[Point], processes: int | None = None) -> Rows:
@@ -130,17 +132,18 @@ def _evaluate_all(points: Sequence[Point]) -> list[Row]:
 def on_dask(points: Sequence[Point], scheduler: str) -> Rows:
     """Evaluate points on the workers of a Dask cluster; yields their rows as they come, in any order.
 
-    scheduler: its address, tcp://HOST:PORT. The workers need this version of flashmoe; when one is lost, the others
-    take over its points.
-    Raises: ImportError without Dask; OSError when no scheduler answers there or it has no worker; ValueError when a
-    worker has another version.
+    scheduler: its address, tcp://HOST:PORT or HOST:PORT. The workers need this version of flashmoe; when one is lost,
+    the others take over its points.
+    Raises: ImportError without Dask; OSError when no scheduler answers there or it has no worker; ValueError when it
+    is no such address or a worker has another version.
     """
     try:
         distributed: Any = import_module("distributed")
     except ImportError as error:
         raise ImportError("a Dask scheduler needs Dask: pip install 'flashmoe[distributed]'") from error
+    _check_answers(scheduler)
     waiting = iter(points)
-    with distributed.Client(scheduler, timeout=_PATIENCE_S, set_as_default=False) as client:
+    with distributed.Client(scheduler, timeout=_CONNECT_S, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=_PATIENCE_S)
         for worker, theirs in client.run(version).items():
             if theirs != version():
@@ -160,6 +163,19 @@ def on_dask(points: Sequence[Point], scheduler: str) -> Rows:
         for batch in (finished := distributed.as_completed(first, loop=client.loop)).batches():
             yield list(chain.from_iterable(_rows_of(future, under_way.pop(future.key)) for future in batch))
             finished.update(submit(len(batch)))
+
+
+def _check_answers(scheduler: str) -> None:
+    """Raise before Dask does: a client that found nobody complains once more, a minute later, when it is deleted."""
+    comm: Any = import_module("distributed.comm")
+    try:
+        host, port = comm.get_address_host_port(scheduler)
+    except ValueError as error:
+        raise ValueError(f"scheduler={scheduler!r} (must be tcp://HOST:PORT: {error})") from None
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"no Dask scheduler answers at {scheduler} ({error})") from error
 
 
 def _rows_of(future: Any, point: Point) -> list[Row]:

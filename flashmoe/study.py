@@ -39,7 +39,17 @@ _NUMBERS = (int, int | None, float, float | None)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, entries: Any) -> Any:
+        accepted = ", ".join(cls.model_fields)
+        if not isinstance(entries, Mapping | cls):
+            raise ValueError(f"{'nothing' if entries is None else repr(entries)} (must be entries by name: {accepted})")
+        if isinstance(entries, Mapping) and (unknown := [name for name in entries if name not in cls.model_fields]):
+            raise ValueError(f"unknown entry {unknown[0]!r} (accepted: {accepted})")
+        return entries
 
 
 class Range(_Strict):

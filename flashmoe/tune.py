@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,8 @@ _HALVING = 3  # a rung keeps one of so many candidates and gives it so many time
 class Candidate:
     """A policy with a tiling, and what its simulations came to.
 
-    is_usual: whether the tiling is the policy's own. makespans_us: one a seed, the same seeds for all candidates.
+    is_usual: whether the tiling is the policy's own. same: other policies that came to the very same with this tiling,
+    as stealing does where there is nothing to steal. makespans_us: one a seed, the same seeds for all candidates.
     headroom and time_us are means over them. time_us: a worker's time by sim.TIME_SHARES, adding up to the makespan.
     """
 
@@ -43,6 +44,7 @@ class Candidate:
     makespans_us: tuple[float, ...]
     headroom: float
     time_us: dict[str, float]
+    same: tuple[str, ...] = ()
 
     @property
     def makespan_us(self) -> float:
@@ -86,9 +88,10 @@ def tune(
     trials: combinations to try; the built-in policies with their own tilings come first. Each is simulated with one
         seed, the same for all. Then the best third gets three times the seeds, and so on up to `seeds`.
     seed: of the proposals, and the first of the simulations; the same seed finds the same.
-    best: how many to return. processes: by default one for each core. progress: called with (simulations, all).
-    Returns: the best ones, best first, of those with equal makespans the first found; and last, unless it is among
-        them, the best of the policies' own tilings.
+    best: how many to return, fewer where there are no more different ones.
+    processes: by default one for each core. progress: called with (simulations, all).
+    Returns: the best ones, best first, of a policy's with equal makespans the first found, policies that come to the
+        very same as one; and last, unless it is among them, the best of the policies' own tilings.
     Raises: ValueError naming what is not accepted; ImportError naming the missing extra.
     Source: TPE, Bergstra et al. 2011, NeurIPS 24; successive halving, Jamieson and Talwalkar 2016, arXiv:1502.07943.
     """
@@ -132,8 +135,18 @@ def tune(
         ranked = contest.ranked(kept)
     if progress is not None:
         progress(contest.total, contest.total)
-    shown = [*ranked[:best], *[choice for choice in ranked if choice in own][:1]]
-    return [contest.candidate(choice, choice in own) for choice in dict.fromkeys(shown)]
+    merged = _merged(contest.candidate(choice, choice in own) for choice in ranked)
+    best_usual = next((rank for rank, candidate in enumerate(merged) if candidate.is_usual), 0)  # none: all failed
+    return [*merged[:best], *([merged[best_usual]] if best_usual >= best else [])]
+
+
+def _merged(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Those of several policies that have all else in common become one, in the place of the first."""
+    groups: dict[tuple[Any, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        results = (candidate.makespans_us, candidate.headroom, *candidate.time_us.values())
+        groups.setdefault((candidate.tiling, candidate.is_usual, *results), []).append(candidate)
+    return [replace(first, same=tuple(other.policy for other in others)) for first, *others in groups.values()]
 
 
 def _rungs(trials: int, seeds: int, best: int) -> list[tuple[int, int]]:

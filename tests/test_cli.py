@@ -174,6 +174,8 @@ def test_simulate_layers_and_effects() -> None:
     assert header["machine_parameters"]["launch_ps"] == header["machine_parameters"]["jitter"] == 0
     assert len(set(header["routing"])) == 2
     assert "2 layers" in call(*line).stdout
+    assert "changes nothing" not in call(*line).stdout
+    assert "gap_us=5 changes nothing" in call("simulate", *SMALL, "--gap-us", "5").stdout
 
 
 def test_simulate_places_experts() -> None:
@@ -366,6 +368,8 @@ def test_doctor_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch) -> Non
         ("simulate --dtype f16", "bf16, f32"),
         ("simulate --out none/t.npz", "none is no folder"),
         ("simulate --out .", "it is a folder"),
+        ("simulate --out /proc/t.npz", "cannot write /proc/t.npz: "),
+        ("simulate --routing uniform@balanced --placement strided", "placement='strided', but routing"),
         ("simulate --plot t.bmp", ".png"),
         ("run --backend hip", "cpu"),
         ("run --model gpt", "qwen3-30b-a3b"),

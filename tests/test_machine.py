@@ -181,6 +181,10 @@ def test_a_file_overrides_its_base(tmp_path):
 ENTRY = '{ value = 1, unit = "GB/s", origin = "estimate", source = "x" }'
 
 
+def launch(value):
+    return f'base = "mi300x"\nlaunch_ps = {{ value = {value}, unit = "us", origin = "estimate", source = "x" }}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -206,13 +210,30 @@ ENTRY = '{ value = 1, unit = "GB/s", origin = "estimate", source = "x" }'
             f'base = "mi300x"\njitter = {ENTRY.replace("GB/s", "percent")}',
             r"jitter has unit 'percent' \(accepted: ratio\)",
         ),
-        ('base = "mi300z"', r"unknown machine 'mi300z' \(presets: b200, h100, h200, mi300x"),
+        ('base = "mi300z"', r"base = 'mi300z' \(must be a preset: b200, h100, h200, mi300x"),
+        ('base = "host"', r"base = 'host' \(must be a preset: b200, .*mi355x\)"),
+        ('base = "mi300x"\nname = 3', r"name = 3 \(must be a text\)"),
+        ("base = 3", r"base = 3 \(must be a text\)"),
+        (launch("inf"), r"launch_ps=inf us \(must be a whole number, at least 0 and at most 1000000000000 \[ps\]\)"),
+        (launch("nan"), r"launch_ps=nan us .*at most 1000000000000"),
+        (launch("1.5e30"), r"launch_ps=1.5e\+30 us .*at most 1000000000000"),
+        (launch("1.5e308"), r"launch_ps=1.5e\+308 us .*at most 1000000000000"),
+        (launch("1000001"), r"launch_ps=1000001 us .*at most 1000000000000"),
+        (launch("'long'"), r"launch_ps='long' .*at most 1000000000000"),
+        (launch("true"), r"launch_ps=True .*at most 1000000000000"),
         ("= 3", "'mine' is not TOML"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         Machine.load(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes('description = "Größe"'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"machine file '.*mine\.toml' is not UTF-8"):
+        Machine.load(path)
 
 
 def test_unknown_machines_are_refused_by_name(tmp_path):
@@ -228,6 +249,8 @@ def test_unknown_machines_are_refused_by_name(tmp_path):
     ("change", "message"),
     [
         ({"num_cus": 0}, "num_cus=0 .*at least 1"),
+        ({"num_cus": 100_000}, "num_cus=100000 .*at most 65535"),
+        ({"put_ps": 10**12 + 1}, "put_ps=1000000000001 .*at least 0 and at most 1000000000000 .ps"),
         ({"signal_ps": 1.5}, "signal_ps=1.5 .*whole number"),
         ({"hbm_bytes_per_ns": 0}, "hbm_bytes_per_ns=0 .*finite number, positive"),
         ({"hbm_bytes_per_ns": math.nan}, "hbm_bytes_per_ns=nan .*finite number, positive"),
@@ -251,7 +274,16 @@ def test_bad_values_are_refused_by_name(change, message):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("port_bytes_per_ns", 0), ("knee", 0), ("knee", 1.5), ("stall_probability", 1), ("num_cores", 0), ("gap_ps", 0)],
+    [
+        ("port_bytes_per_ns", 0),
+        ("knee", 0),
+        ("knee", 1.5),
+        ("stall_probability", 1),
+        ("num_cores", 0),
+        ("gap_ps", 0),
+        ("num_cus", 65535),
+        ("put_ps", 10**12),
+    ],
 )
 def test_limits_are_accepted(key, value):
     assert getattr(Machine(**(Machine.preset("mi300x").to_dict() | {key: value})), key) == value

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import distributed
 import pytest
 from distributed import KilledWorker, LocalCluster
 from fatal_points import FatalPoint
@@ -130,6 +131,8 @@ def test_what_dask_gives_up_on() -> None:
 
 
 def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_PATIENCE_S", 0.2)
-    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
+    monkeypatch.setattr(distributed, "Client", None)  # which is not even asked: it would complain when it is deleted
+    with pytest.raises(OSError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1 \("):
         next(on_dask(tiny_points(1), "tcp://127.0.0.1:1"))
+    with pytest.raises(ValueError, match=r"scheduler='nope' \(must be tcp://HOST:PORT: "):
+        next(on_dask(tiny_points(1), "nope"))

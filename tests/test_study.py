@@ -126,7 +126,9 @@ SPAN = {"low": 1, "high": 2}
         ({"grid": {"tokns": [1]}}, r"grid\.tokns: unknown input \(accepted: model, machine, .*, tiling\.FIELD\)"),
         ({"fixed": {"tiling.rows": 1}}, r"fixed\.tiling\.rows: unknown .*tiling\.granularity, tiling\.down"),
         ({"fixed": {"machine.name": "x"}}, r"fixed\.machine\.name: unknown .*machine\.num_cus"),
-        ({"gird": {}}, "gird: .*not permitted"),
+        ({"gird": {}}, r"unknown entry 'gird' \(accepted: fixed, grid, sample, replications\)"),
+        ({"sample": {"pionts": 1}}, r"sample: unknown entry 'pionts' \(accepted: method, points, seed, over\)"),
+        ({"sample": 3}, r"sample: 3 \(must be entries by name: method, points, seed, over\)"),
         ({"fixed": {"tokens": "many"}}, r"fixed\.tokens: 'many': input should be a valid integer"),
         ({"fixed": {"tokens": 1.5}}, r"fixed\.tokens: 1\.5"),
         ({"grid": {"tiling.down": ["tile", "row"]}}, r"grid\.tiling\.down: 'row': .*'tile' or 'rows'"),
@@ -136,7 +138,10 @@ SPAN = {"low": 1, "high": 2}
         ({"grid": {"policy": {**SPAN, "num": 2}}}, r"grid\.policy: takes no range"),
         ({"grid": {"tokens": {"low": 2, "high": 1, "num": 2}}}, "low=2 .must be less than high=1"),
         ({"grid": {"tokens": {"low": 0, "high": 1, "num": 2, "log": True}}}, "low=0 with log"),
-        ({"grid": {"tokens": {"low": 1, "hihg": 2}}}, "hihg"),
+        (
+            {"grid": {"tokens": {"low": 1, "hihg": 2}}},
+            r"grid\.tokens: unknown entry 'hihg' \(accepted: low, high, log, num",
+        ),
         ({"sample": {"points": 0, "over": {"tokens": SPAN}}}, r"sample\.points: 0"),
         ({"sample": {"points": 1, "over": {}}}, r"sample\.over"),
         ({"sample": {"points": 1, "over": {"tokens": {**SPAN, "num": 3}}}}, "num is for a grid"),
@@ -152,7 +157,8 @@ SPAN = {"low": 1, "high": 2}
         ({"fixed": {"machine": "host"}}, "machine='host' is measured anew"),
         ({"grid": {"policy": ["fifo"]}}, r"grid\.policy: policy='fifo' \(accepted: ancestor"),
         ({"fixed": {"policy": 3}}, r"fixed\.policy: 3 .must be a name"),
-        (["fixed"], "should be a valid dictionary"),
+        (["fixed"], r"\['fixed'\] \(must be entries by name: fixed, grid, sample, replications\)"),
+        (None, r"nothing \(must be entries by name: fixed, grid, sample, replications\)"),
     ],
 )
 def test_errors_name_the_entry_and_what_is_accepted(entries: Any, message: str) -> None:
@@ -167,6 +173,9 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         Study.load(path)
     path.write_text("grid: [")
     with pytest.raises(ValueError, match=r"cannot read the study .*study\.yaml"):
+        Study.load(path)
+    path.write_text("# nothing but this\n")
+    with pytest.raises(ValueError, match=r"study\.yaml: nothing .*fixed, grid, sample, replications"):
         Study.load(path)
     path.write_text("replications: -1")
     with pytest.raises(ValueError, match=r"study\.yaml: replications: -1"):

@@ -249,6 +249,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[5].startswith("results: ")
     said = json.loads(call(path, "--out", out, "--processes", 1, "--json").stdout)
     assert (said["points"], said["simulations"], said["reused"], said["failed"]) == (2, 6, 6, 0)
+    path.write_text(yaml.safe_dump(study(policy=["ticket", "static_phase"])))
+    lines = call(path, "--out", out, "--processes", 1).stdout.splitlines()
+    assert lines[2].split() == ["policy", "mean", "makespan", "runs"]  # one run says nothing of the spread
 
 
 def test_command_when_some_fail(tmp_path: Path) -> None:
@@ -259,6 +262,16 @@ def test_command_when_some_fail(tmp_path: Path) -> None:
     assert (said["failed"], sum(said["errors"].values())) == (1, 1)
     assert result.stderr.startswith("error: 1 of 2 simulations failed, the first with: ValueError: ep_size=3")
     assert len(pandas.read_parquet(out)) == 2
+
+
+def test_command_when_all_fail(tmp_path: Path) -> None:
+    path, out = tmp_path / "study.yaml", tmp_path / "r.parquet"
+    path.write_text(yaml.safe_dump(study(tokens=[-1, -2])))
+    result = call(path, "--out", out, "--processes", 1, status=1)
+    assert result.stdout.splitlines()[0] == "2 points, 2 simulations, 0 of them made before"
+    assert result.stderr.startswith("error: 2 of 2 simulations failed, the first with: ValueError: num_tokens=-1")
+    said = json.loads(call(path, "--out", out, "--processes", 1, "--json", status=1).stdout)
+    assert (said["points"], said["failed"], sum(said["errors"].values())) == (2, 2, 2)
 
 
 def test_command_refuses_before_it_works(tmp_path: Path) -> None:

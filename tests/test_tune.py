@@ -76,6 +76,21 @@ def test_tasks_that_cost_much_by_themselves_are_few() -> None:
     assert best.tiling.down_rows >= TINY.d_model or best.tiling.down == "rows"
 
 
+def test_policies_that_come_to_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a lone PE has nothing to steal from others and none of its tasks comes from elsewhere
+    found = tune(TINY, **{**SMALL, "ep": 1, "trials": len(policy_names()), "best": 20})
+    [together] = [(c.policy, *c.same) for c in found if "remote_first" in (c.policy, *c.same)]
+    assert together == ("domain_steal", "local_first", "remote_first")
+    assert len({(c.makespans_us, c.headroom, *c.time_us.values()) for c in found}) == len(found)
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--ep", "1", "--tokens", "1", "--workers", "16", "--trials", "12", "--seeds", "1", "--processes", "1"]
+    result = CliRunner().invoke(app, ["tune", *arguments])
+    assert result.exit_code == 0, result.output
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    row = lines.index("local_first,")  # the first is beside the numbers, the others are below
+    assert "domain_steal," in lines[row - 1] and lines[row + 1] == "remote_first"
+
+
 def test_progress_ends_at_its_end() -> None:
     told: list[tuple[int, int]] = []
     tune(TINY, **SMALL, progress=lambda *counts: told.append(counts))

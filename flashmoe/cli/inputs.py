@@ -11,7 +11,7 @@ import typer
 from flashmoe.model import MoEModel
 from flashmoe.placement import PLACEMENT_FORMS
 from flashmoe.policy import policy_names, resolve
-from flashmoe.routing import FORMS, Routing
+from flashmoe.routing import FORMS, Routing, _split_placement
 from flashmoe.tasks import Tiling
 
 PolicyName = Annotated[str, typer.Option("--policy", help=f"One of: {', '.join(policy_names())}.")]
@@ -110,7 +110,11 @@ def routing_inputs(routing: Routing) -> dict[str, Any]:
 
 
 def _with_placement(text: str, placement: str | None) -> str:
-    return text if placement is None else f"{text}@{placement}"
+    if placement is None:
+        return text
+    if (given := _split_placement(text)[2]) != "":
+        raise ValueError(f"placement={placement!r}, but routing {text!r} has {given!r} (accepted: one of both)")
+    return f"{text}@{placement}"
 
 
 def common_number(counts: tuple[int, ...]) -> int | list[int]:

@@ -171,6 +171,8 @@ def simulate(
             }
         )
         return
+    if gap_us is not None and len(drawn) == 1:
+        say(f"gap_us={gap_us:g} changes nothing: a gap lies between layers, and there is one (--layers)", "dim")
     _print(trace, drawn[0].describe_skew())
     if replication is not None:
         _print_replication(replication)

@@ -67,12 +67,11 @@ def sweep(
         frame = simulate_all(
             study, out, processes=processes, scheduler=scheduler, retry_failed=retry_failed, progress=count
         )
-    summary = summarise(frame)
     failures = frame["error"].dropna()
     if as_json:
         print_json(
             {
-                "points": len(summary),
+                "points": frame["point"].nunique(),
                 "simulations": len(frame),
                 "reused": reused,
                 "failed": len(failures),
@@ -88,14 +87,16 @@ def sweep(
             }
         )
     else:
-        _print(summary, len(frame), reused or 0)
+        counts = f"{frame['point'].nunique():,} points, {len(frame):,} simulations, {reused or 0:,} of them made before"
+        say(counts, "bold")
+        if len(failures) < len(frame):  # else there is nothing to sum up
+            _print(summarise(frame))
         print_written(out, "results")
     if len(failures):
         raise WorkFailed(f"{len(failures)} of {len(frame)} simulations failed, the first with: {failures.iloc[0]}")
 
 
-def _print(summary: DataFrame, num_simulations: int, reused: int) -> None:
-    say(f"{len(summary):,} points, {num_simulations:,} simulations, {reused:,} of them made before", "bold")
+def _print(summary: DataFrame) -> None:
     shown = summary
     if len(summary) > _MOST_ROWS:
         shown = summary.sort_values("mean").head(_MOST_ROWS)

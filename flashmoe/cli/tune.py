@@ -85,7 +85,7 @@ def _print(best: list[Candidate]) -> None:
         rows.append(
             [
                 label,
-                candidate.policy,
+                _names(candidate),
                 as_time(candidate.makespan_us),
                 *(["", ""] if candidate is first else [f"{behind.value:+.2f} µs", sure]),
                 f"{candidate.headroom:+.0%}",
@@ -98,8 +98,12 @@ def _print(best: list[Candidate]) -> None:
     say("")
     say("A worker's time [µs]: of 1, and how much more or less of it the others spend", "bold")
     shares = [name for name in TIME_SHARES if any(candidate.time_us[name] for candidate in best)]
-    rows = [[labels[0], first.policy, *(f"{first.time_us[name]:.2f}" for name in shares)]]
+    rows = [[labels[0], _names(first), *(f"{first.time_us[name]:.2f}" for name in shares)]]
     for label, candidate in zip(labels[1:], best[1:], strict=True):
         against = candidate.against(first)
-        rows.append([label, candidate.policy, *(f"{against[name]:+.2f}" for name in shares)])
+        rows.append([label, _names(candidate), *(f"{against[name]:+.2f}" for name in shares)])
     print_table(["", "policy", *shares], rows, num_names=2)
+
+
+def _names(candidate: Candidate) -> str:
+    return ",\n".join((candidate.policy, *candidate.same))  # a line each: the column stays narrow
