@@ -21,6 +21,7 @@ __all__ = [
     "critical_time",
     "distinct_bytes",
     "memory_time",
+    "pe_speeds",
     "queue_length",
     "streams",
     "time_by_kind",
@@ -40,8 +41,8 @@ PATH_EFFECTS = (
     "worker",  # until the worker asks for the task: its bookkeeping
     "ticket",
     "inputs",  # the task in hand, for what the task before did not make
-    "stream",  # weights not there yet: at most what the CU alone needs for them
-    "sharing",  # weights not there yet, beyond that: others stream, too
+    "stream",  # weights not there yet: at most what the worker alone needs for them at the speed of its PE
+    "sharing",  # weights not there yet, beyond that: others stream, too, or the jitter made it slow
     "compute",
     "overhead",
     "send",
@@ -121,6 +122,11 @@ def _parameter(trace: Trace, name: str) -> float | None:
     return value
 
 
+def pe_speeds(trace: Trace) -> NDArray[np.float64]:
+    """(num_pes,) persistent speed factor of each PE: 1 is nominal, and what a trace without them has."""
+    return np.array(trace.header.get("pe_speed") or [1.0] * trace.num_pes)
+
+
 # ---- resources
 
 
@@ -130,7 +136,7 @@ class Utilisation:
 
     cu: (num_pes, num_workers) executing a task.
     domain: (num_pes, num_domains) mean of its workers.
-    hbm: (num_pes,) bytes streamed over what the memory could have read in the makespan.
+    hbm: (num_pes,) bytes streamed over what its memory, at the speed of the PE, could have read in the makespan.
     egress: (num_pes,) bytes sent over what the links of the PE, or its port, could have taken. None for one PE.
     link: (num_pes, num_pes) from source to destination. None without tables.
     """
@@ -158,7 +164,7 @@ def utilisation(trace: Trace, tables: Sequence[TaskTable] | None = None) -> Util
     makespan_ns = max(1, trace.makespan_ps) / 1000.0
     hbm = egress = link = None
     if memory := _parameter(trace, "hbm_bytes_per_ns"):
-        hbm = np.bincount(records["pe"], records["hbm_bytes"], num_pes) / memory / makespan_ns
+        hbm = np.bincount(records["pe"], records["hbm_bytes"], num_pes) / (memory * pe_speeds(trace)) / makespan_ns
     if (one_link := _parameter(trace, "link_bytes_per_ns")) and num_pes > 1:
         port = _parameter(trace, "port_bytes_per_ns") or one_link * (num_pes - 1)
         egress = np.bincount(records["pe"], records["link_bytes"], num_pes) / port / makespan_ns
@@ -271,6 +277,8 @@ def critical_time(trace: Trace) -> CriticalTime:
     """Split the critical path into effects.
 
     This says what the path was doing, not what would be gained without it: another path may be as long.
+    A trace does not record the draws of its jitter: a stream that one slowed down counts as sharing beyond what the
+    worker alone needs on average.
     """
     path = trace.critical_path
     rows = trace.records[path]
@@ -284,7 +292,7 @@ def critical_time(trace: Trace) -> CriticalTime:
     by_input = has_previous & ~(same_pe & (previous["worker"] == rows["worker"]))
     gap_us = trace.header.get("gap_us")
     new_launch = has_previous & (previous["layer"] != rows["layer"]) & (gap_us is not None)
-    cap = _parameter(trace, "cu_bytes_per_ns") or 0.0
+    cap = (_parameter(trace, "cu_bytes_per_ns") or 0.0) * pe_speeds(trace)[rows["pe"]]
     with np.errstate(divide="ignore", invalid="ignore"):
         alone_ps = np.minimum(np.nan_to_num(rows["hbm_bytes"] / cap * 1000.0, nan=0.0), 1e18).astype(np.int64)
     started_ps = np.maximum(rows["start_ps"], from_ps)
@@ -327,6 +335,7 @@ class MemoryTime:
 
     pe: the PE with most to read for its speed; None on a host, whose PEs share one memory.
     begin_ps, end_ps: expert weights were first asked for, and the last of them was there.
+    reading_ps: time from a layer's first expert weights to its last ones, all layers together.
     parts_ps: these add up to the makespan, and all but the first two to the time over the bound "hbm" [ps]:
         must: distinct weights over the bandwidth;
         idle: launches and dense compute between them, when nothing can be read;
@@ -338,6 +347,7 @@ class MemoryTime:
     pe: int | None
     begin_ps: int
     end_ps: int
+    reading_ps: int
     parts_ps: dict[str, float]
 
 
@@ -350,10 +360,10 @@ def memory_time(trace: Trace) -> MemoryTime | None:
     if not bytes_per_ns or len(trace.records) == 0:
         return None
     distinct = distinct_bytes(trace)
-    pe_speed = np.array(trace.header.get("pe_speed") or [1.0] * trace.num_pes)
-    pe = None if _parameter(trace, "num_cores") else int(np.argmax(distinct / pe_speed))
+    speeds = pe_speeds(trace)
+    pe = None if _parameter(trace, "num_cores") else int(np.argmax(distinct / speeds))
     pes = slice(None) if pe is None else slice(pe, pe + 1)
-    bytes_per_ps = bytes_per_ns * (1.0 if pe is None else float(pe_speed[pe])) / 1000.0
+    bytes_per_ps = bytes_per_ns * float(speeds[pes].mean()) / 1000.0
     read = streams(trace)
     edges_ps = np.append(_reading_ps(read, pe), trace.makespan_ps)
     read_bytes = read.spread(read.records["hbm_bytes"], edges_ps)[pes].sum(axis=0)
@@ -371,7 +381,11 @@ def memory_time(trace: Trace) -> MemoryTime | None:
         "again": read_bytes.sum() / bytes_per_ps - must_ps,
     }
     return MemoryTime(
-        pe, int(edges_ps[1]), int(edges_ps[-2]), {name: float(part_ps) for name, part_ps in parts_ps.items()}
+        pe=pe,
+        begin_ps=int(edges_ps[1]),
+        end_ps=int(edges_ps[-2]),
+        reading_ps=int(np.diff(edges_ps)[1:-1:2].sum()),
+        parts_ps={name: float(part_ps) for name, part_ps in parts_ps.items()},
     )
 
 

@@ -14,6 +14,7 @@ from flashmoe.answers import (
     critical_time,
     distinct_bytes,
     memory_time,
+    pe_speeds,
     queue_length,
     time_by_kind,
     utilisation,
@@ -47,12 +48,13 @@ PATH_WORDS = {
     "worker": "bookkeeping",
     "ticket": "tickets",
     "inputs": "other inputs",
-    "stream": "weights at a CU's own rate",
+    "stream": "weights at a worker's own rate",
     "sharing": "weights slowed down by sharing",
     "compute": "arithmetic",
     "overhead": "fixed parts of tasks",
     "send": "remote stores",
 }
+SPEED_WORTH_NAMING = 0.01  # share by which a PE differs from the others
 WORTH_NAMING = 0.02  # smaller shares are left out of sentences
 MOST_NAMED = 3  # shares of a part
 NUM_INTERVALS = 100  # of the makespan, for the length of queues
@@ -71,10 +73,14 @@ def explain(trace: Trace) -> str:
     sentences = [_makespan_in_words(trace)]
     if bounds := trace.header.get("bounds_ps"):
         largest = max(bounds, key=lambda name: bounds[name])
-        if bounds["longest_task"] > bounds["hbm"]:
+        reads = trace.records["hbm_bytes"].any()
+        if not reads:
+            sentences.append("No task reads any weights.")
+        elif bounds["longest_task"] > bounds["hbm"]:
             sentences.append(_longest_in_words(trace))
         work = _work_in_words(trace) if largest == "workers" else ""
-        sentences.append(work or _memory_in_words(trace, path, is_largest=largest == "hbm"))
+        if work or reads:
+            sentences.append(work or _memory_in_words(trace, path, is_largest=largest == "hbm"))
     sentences += [_path_in_words(trace, path), _workers_in_words(trace)]
     return "\n".join(sentence for sentence in sentences if sentence)
 
@@ -160,26 +166,44 @@ def _memory_in_words(trace: Trace, path: CriticalTime, *, is_largest: bool) -> s
         return ""
     begin_ps, end_ps, parts_ps = memory.begin_ps, memory.end_ps, memory.parts_ps
     launch_ps = trace.header["machine_parameters"].get("launch_ps", 0)
-    used = 1 - parts_ps["meanwhile"] / max(1, end_ps - begin_ps)
+    used = 1 - parts_ps["meanwhile"] / max(1, memory.reading_ps)
     words = {
-        "before": f"passed before it was asked for the first expert weights{_meanwhile(path, launch_ps, begin_ps)}",
-        "meanwhile": f"were lost while it read them, at {used:.0%} of its bandwidth",
-        "between": "passed between the last weights of a layer and the first of the next",
-        "after": f"passed after the last of them{_meanwhile(path, end_ps, trace.makespan_ps)}",
+        "before": (
+            f"were lost in the {_us(begin_ps - launch_ps)} before it was asked for the first expert weights"
+            f"{_meanwhile(path, launch_ps, begin_ps)}"
+        ),
+        "meanwhile": (
+            f"were lost in the {_us(memory.reading_ps)} in which it read them, at "
+            f"{f'{used:.0%}' if used >= 0.01 else 'less than 1%'} of its bandwidth"
+        ),
+        "between": "were lost between the last weights of a layer and the first of the next",
+        "after": (
+            f"were lost in the {_us(trace.makespan_ps - end_ps)} after the last of them"
+            f"{_meanwhile(path, end_ps, trace.makespan_ps)}"
+        ),
         "again": f"went into weights read more than once ({_again_in_words(trace)})",
     }
     over_ps = sum(parts_ps[name] for name in words)
     named = [f"{_us(parts_ps[name])} {what}" for name, what in words.items() if parts_ps[name] > WORTH_NAMING * over_ps]
     if not named:
         return ""
-    whose = "of this host" if memory.pe is None else f"of PE {memory.pe}, which has most to read"
+    whose = "of this host" if memory.pe is None else f"of PE {memory.pe}, {_why_this_pe(trace, memory.pe)}"
     bound = "it" if is_largest else f"the {_us(trace.makespan_ps - over_ps)} that the memory needs for everything"
     return f"Of the {_us(over_ps)} above {bound}, as the memory {whose}, saw them: {'; '.join(named)}."
 
 
+def _why_this_pe(trace: Trace, pe: int) -> str:
+    """Why the memory of this PE needs longest."""
+    speeds = pe_speeds(trace)
+    usual = float(np.median(np.delete(speeds, pe))) if len(speeds) > 1 else 1.0
+    if abs(speeds[pe] / usual - 1) > SPEED_WORTH_NAMING:
+        return f"which needs longest for what it has to read, at {speeds[pe]:.2f} times the nominal speed"
+    return "which has most to read"
+
+
 def _meanwhile(path: CriticalTime, begin_ps: int, end_ps: int) -> str:
     words = _shares_in_words(path.between(begin_ps, end_ps), PATH_WORDS, most=MOST_NAMED)
-    return f" (on the critical path meanwhile, mostly: {words})" if words else ""
+    return f" (on the critical path in that time, mostly: {words})" if words else ""
 
 
 def _again_in_words(trace: Trace) -> str:
@@ -199,10 +223,16 @@ def _longest_in_words(trace: Trace) -> str:
     num_bytes = int(longest["hbm_bytes"])
     cap = header["machine_parameters"]["cu_bytes_per_ns"]
     what = "a whole expert" if KINDS[longest["kind"]] == "expert" else f"a tile of {KINDS[longest['kind']]}"
+    num_workers = trace.num_workers * trace.num_pes
+    few = (
+        f"Only {num_busy} of {num_workers} workers ever had a part of an expert, and the"
+        if num_busy < num_workers
+        else "The"
+    )
     return (
-        f"Only {num_busy} of {trace.num_workers * trace.num_pes} workers ever had a part of an expert, and the longest "
-        f"pick alone needs {_us(header['bounds_ps']['longest_task'])} against {_us(header['bounds_ps']['hbm'])} that "
-        f"the memory needs for everything: {what} is {num_bytes / 1e6:.2f} MB, which one CU streams in "
+        f"{few} longest pick alone needs {_us(header['bounds_ps']['longest_task'])} against "
+        f"{_us(header['bounds_ps']['hbm'])} that the memory needs for everything: "
+        f"{what} is {num_bytes / 1e6:.2f} MB, which one worker streams in "
         f"{_us(num_bytes / cap * 1000)} at its cap of {cap:g} GB/s."
     )
 

@@ -215,7 +215,7 @@ class Routing:
             raise ValueError(f"num_layers={num_layers} (must be at least 1)")
         if not 0 <= correlation <= 1:
             raise ValueError(f"correlation={correlation} (must be in 0..1)")
-        text, at, placement = _split_placement(text)
+        text, at, placement = split_placement(text)
         sizes = _Sizes(text, model, num_tokens, ep_size, default)
         if file := _FILE.fullmatch(text):
             if correlation:
@@ -451,7 +451,7 @@ class _Sizes:
         return found
 
 
-def _split_placement(text: str) -> tuple[str, str, str]:
+def split_placement(text: str) -> tuple[str, str, str]:
     """Cut TEXT@PLACEMENT; a file's path may have an @ of its own."""
     routing, at, placement = text.rpartition("@")
     if _FILE.fullmatch(routing) or routing.partition(":")[0] in families.FAMILIES:

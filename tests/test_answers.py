@@ -174,6 +174,12 @@ def test_utilisation_by_hand() -> None:
     assert (utilisation(through_port).egress == [0.5, 0, 0]).all()
 
 
+def test_the_memory_of_a_slow_pe_gives_less() -> None:
+    tasks = [task(pe=pe, end=20, hbm_bytes=100) for pe in (0, 1)]
+    use = utilisation(make_trace(tasks, ep_size=2, machine_parameters=MACHINE, pe_speed=[1.0, 0.5]))
+    assert use.hbm is not None and use.hbm.tolist() == [0.25, 0.5]  # 100 of 20 ns x 20 or 10 bytes/ns
+
+
 def test_utilisation_of_an_unknown_machine_is_that_of_its_cus() -> None:
     use = utilisation(make_trace([task(end=20)], executor="cpu", ep_size=2))
     assert use.cu[0, 0] == 1 and use.hbm is use.egress is use.link is None
@@ -288,7 +294,7 @@ def test_memory_time_by_hand() -> None:
     )
     memory = memory_time(trace)
     assert memory is not None and memory.pe == 0
-    assert (memory.begin_ps, memory.end_ps) == (10 * NS, 34 * NS)
+    assert (memory.begin_ps, memory.end_ps, memory.reading_ps) == (10 * NS, 34 * NS, 24 * NS)
     assert memory.parts_ps == pytest.approx(
         {
             "must": 19 * NS,  # 20 + 240 + 100 + 20 bytes
@@ -313,6 +319,23 @@ def test_memory_time_divides_the_time_over_the_bound(options: dict[str, Any]) ->
     assert parts_ps["must"] + parts_ps["idle"] == pytest.approx(trace.header["bounds_ps"]["hbm"], abs=2)
     assert min(parts_ps.values()) > -1
     assert (parts_ps["between"] > 0) == (trace.header["layers"] > 1)
+
+
+def test_memory_time_reads_layer_by_layer() -> None:
+    # 5 ns of reading, 5 between the layers, 4 of reading
+    trace = make_trace(
+        [
+            task("up", ready=0, start=0, loaded=5, done=5, end=6, expert=0, hbm_bytes=100),
+            task("up", layer=1, ticket=10, ready=10, start=10, loaded=14, done=14, end=15, expert=0, hbm_bytes=60),
+        ],
+        machine_parameters=MACHINE | {"launch_ps": 0},
+        layers=2,
+    )
+    memory = memory_time(trace)
+    assert memory is not None
+    assert (memory.begin_ps, memory.end_ps, memory.reading_ps) == (0, 14 * NS, 9 * NS)
+    assert memory.parts_ps["meanwhile"] == pytest.approx(1 * NS)
+    assert memory.parts_ps["between"] == pytest.approx(5 * NS)
 
 
 def test_memory_time_of_a_host_is_that_of_its_one_memory() -> None:
@@ -372,6 +395,20 @@ def test_critical_time_by_hand() -> None:
         "sharing": 1 * NS,
         "compute": 1 * NS,
     }
+
+
+@pytest.mark.parametrize(("speed", "stream", "sharing"), [(1.0, 4, 6), (0.5, 8, 2), (0.25, 10, 0)])
+def test_what_a_slow_pe_needs_alone_is_no_sharing(speed: float, stream: int, sharing: int) -> None:
+    # 40 bytes at 10 bytes/ns times the speed of PE 1
+    trace = make_trace(
+        [task(pe=1, loaded=10, done=11, end=11, hbm_bytes=40)],
+        critical_path=[0],
+        ep_size=2,
+        pe_speed=[1.0, speed],
+        machine_parameters=MACHINE,
+    )
+    total = critical_time(trace).total()
+    assert (total["stream"], total["sharing"]) == (stream * NS, sharing * NS)
 
 
 def test_a_launch_of_its_own_begins_with_the_gap() -> None:

@@ -53,12 +53,12 @@ def test_the_time_over_the_memorys_bound_by_hand() -> None:
     assert lines == [
         "The makespan is 9.0 µs, 1.80 times its largest bound: the distinct weights of the busiest PE at full memory "
         "bandwidth, 5.0 µs with the launch.",
-        "Of the 4.0 µs above it, as the memory of PE 0, which has most to read, saw them: 2.0 µs passed before it was "
-        "asked for the first expert weights (on the critical path meanwhile, mostly: 1.0 µs launch, 1.0 µs other "
-        "inputs); 2.0 µs passed after the last of them (on the critical path meanwhile, mostly: 1.0 µs signals inside "
-        "a PE, 1.0 µs arithmetic).",
-        "The critical path, 2 tasks all on PE 0, is made of 4.0 µs weights at a CU's own rate, 2.0 µs launch, 1.0 µs "
-        "signals inside a PE, 1.0 µs other inputs, 1.0 µs arithmetic.",
+        "Of the 4.0 µs above it, as the memory of PE 0, which has most to read, saw them: 2.0 µs were lost in the 2.0 "
+        "µs before it was asked for the first expert weights (on the critical path in that time, mostly: 1.0 µs "
+        "launch, 1.0 µs other inputs); 2.0 µs were lost in the 2.0 µs after the last of them (on the critical path in "
+        "that time, mostly: 1.0 µs signals inside a PE, 1.0 µs arithmetic).",
+        "The critical path, 2 tasks all on PE 0, is made of 4.0 µs weights at a worker's own rate, 2.0 µs launch, 1.0 "
+        "µs signals inside a PE, 1.0 µs other inputs, 1.0 µs arithmetic.",
         "On PE 0, the last to end, workers spend 44% waiting for a task's weights, 33% without a task (not launched "
         "yet, or none left), 17% waiting for a task's inputs, 6% computing.",
     ]
@@ -93,7 +93,51 @@ def test_one_token_in_whole_experts_is_slow_and_says_why() -> None:
     why = explain(simulate(QWEN, routing=routing, policy="ancestor"))
     assert "Only 8 of 304 workers ever had a part of an expert" in why
     # 3 * 2048 * 768 * 2 bytes at 40 GB/s
-    assert "a whole expert is 9.44 MB, which one CU streams in 235.9 µs at its cap of 40 GB/s" in why
+    assert "a whole expert is 9.44 MB, which one worker streams in 235.9 µs at its cap of 40 GB/s" in why
+
+
+def test_only_is_not_said_of_all_workers() -> None:
+    trace = two_readers({"longest_task": 6, "hbm": 5})
+    text = explain(trace)
+    # 4 kB at 1 byte/ns
+    assert "The longest pick alone needs 6.0 µs against 5.0 µs that the memory needs for everything" in text
+    assert "one worker streams in 4.0 µs at its cap" in text and "Only" not in text
+    assert "Only 2 of 3 workers ever had" in explain(
+        Trace(trace.records, trace.header | {"num_workers": 3}, trace.critical_path)
+    )
+
+
+def test_the_time_while_the_memory_reads_is_told_with_its_window() -> None:
+    trace = two_readers({"hbm": 5})
+    records = trace.records.copy()
+    records["hbm_bytes"][:2] = [1_000, 10]  # of 8 kB in the 4 µs from 3 to 7 µs
+    text = explain(Trace(records, trace.header, trace.critical_path))
+    assert "3.5 µs were lost in the 4.0 µs in which it read them, at 13% of its bandwidth" in text
+    records["hbm_bytes"][:2] = [10, 10]
+    text = explain(Trace(records, trace.header, trace.critical_path))
+    assert "4.0 µs were lost in the 4.0 µs in which it read them, at less than 1% of its bandwidth" in text
+
+
+@pytest.mark.parametrize(
+    ("pe_speed", "why"),
+    [
+        ([1.0, 1.0], "which has most to read"),
+        ([1.005, 1.0], "which has most to read"),
+        ([0.5, 1.0], "which needs longest for what it has to read, at 0.50 times the nominal speed"),
+    ],
+)
+def test_a_slow_pe_is_said_to_be_slow(pe_speed: list[float], why: str) -> None:
+    trace = two_readers({"hbm": 5})
+    text = explain(Trace(trace.records, trace.header | {"ep_size": 2, "pe_speed": pe_speed}, trace.critical_path))
+    assert f"as the memory of PE 0, {why}, saw them" in text
+
+
+@pytest.mark.parametrize("options", [{}, {"gap_us": 3.0}])
+def test_a_layer_without_tokens_reads_nothing(options: dict[str, Any]) -> None:
+    trace = simulate(SMALL, routing=Routing.uniform(SMALL, 0, ep_size=2, seed=0), workers=3, **options)
+    text = explain(trace)
+    assert "No task reads any weights." in text.splitlines() and "the memory of" not in text
+    assert json.loads(json.dumps(summarise(trace), allow_nan=False))["text"] == text
 
 
 def test_a_measured_trace_has_no_bound_and_says_so() -> None:

@@ -249,10 +249,21 @@ def test_hbm_by_hand() -> None:
     expected = np.select([middle < 2, middle < 4, middle < 6], [2, 3, 1], 0)
     np.testing.assert_allclose(total.values, expected, atol=1e-9)
     assert ax.get_ylabel() == "HBM traffic\nof 2 PEs [GB/s]"
-    assert legend(ax) == ["all kinds", "ceiling 6 GB/s"]
+    how = "(curve: each stream\nspread evenly)"
+    assert legend(ax) == ["all kinds", f"ceiling 6 GB/s\n{how}"]
     per_pe = plot_hbm(small_trace(), new_ax(), per_pe=True, ceiling_bytes_per_ns=3.0)
     np.testing.assert_allclose(steps(per_pe)[1].values, np.where((middle > 2) & (middle < 6), 1, 0), atol=1e-9)
-    assert legend(per_pe) == ["PE 0", "PE 1", "ceiling 3 GB/s"]
+    assert legend(per_pe) == ["PE 0", "PE 1", f"ceiling 3 GB/s\n{how}"]
+
+
+def test_the_ceiling_is_that_of_pes_at_their_speed() -> None:
+    trace = small_trace(pe_speed=[1.0, 0.5])
+    ax = plot_hbm(trace, new_ax(), ceiling_bytes_per_ns=4.0)
+    assert [line.get_ydata()[0] for line in ax.lines] == [6]
+    assert legend(ax)[-1].startswith("ceiling 6 GB/s")
+    per_pe = plot_hbm(trace, new_ax(), per_pe=True, ceiling_bytes_per_ns=4.0)
+    assert [line.get_ydata()[0] for line in per_pe.lines] == [2, 4]
+    assert legend(per_pe)[-1].startswith("ceiling 2 to 4 GB/s")
 
 
 def test_hbm_follows_the_stream() -> None:

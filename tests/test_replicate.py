@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -55,15 +57,31 @@ def test_an_interval_holds_the_true_quantile_as_often_as_it_says() -> None:
     assert 0.78 < num_held / 2000 < 0.92
 
 
-def test_mean_against_the_normal_distribution() -> None:
-    sample = np.random.default_rng(1).normal(50, 3, size=400)
-    estimate = mean(sample)
-    assert estimate == mean(sample)  # the same sample, the same interval
-    error = 1.96 * sample.std() / 20
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
-        (sample.mean(), sample.mean() - error, sample.mean() + error), abs=0.1 * error
-    )
+def test_mean_by_hand() -> None:
+    pytest.importorskip("scipy.stats")
+    # 97.5 % of Student's t with one degree of freedom, a Cauchy distribution, lie below tan(0.475 pi)
+    estimate = mean(np.array([4.0, 6.0]))
+    error = np.tan(0.475 * np.pi)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((5, 5 - error, 5 + error))
+    assert mean(np.array([7.0, 7.0, 7.0])) == Estimate(7, 7, 7)
     assert mean(np.array([7.0])) == Estimate(7, None, None)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_an_interval_holds_the_true_mean_as_often_as_it_says(n: int) -> None:
+    pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(n)
+    num_held = 0
+    for _ in range(2000):
+        estimate = mean(rng.normal(50, 3, size=n))
+        assert estimate.low is not None and estimate.high is not None
+        num_held += estimate.low <= 50 <= estimate.high
+    assert num_held / 2000 == pytest.approx(0.95, abs=0.015)  # three standard deviations
+
+
+def test_without_scipy_the_mean_has_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert mean(np.array([4.0, 6.0])) == Estimate(5, None, None)
 
 
 def test_replicate_runs_each_seed() -> None:

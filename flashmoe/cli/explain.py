@@ -71,10 +71,14 @@ def _print_path(trace: Trace, summary: dict[str, Any]) -> None:
 
 
 def _print_resources(trace: Trace, summary: dict[str, Any]) -> None:
+    from flashmoe.plots.style import domain_word
+
     use, queue = summary["utilisation"], summary["queue_length"]
-    columns: dict[str, list[str]] = {"CUs busy": [f"{share:.0%}" for share in use["cu"]]}
+    domains = domain_word(trace)
+    workers = "CUs" if domains == "XCD" else "workers"
+    columns: dict[str, list[str]] = {f"{workers} busy": [f"{share:.0%}" for share in use["cu"]]}
     if trace.num_domains > 1:
-        columns["XCDs busy"] = [f"{min(of_pe):.0%} to {max(of_pe):.0%}" for of_pe in use["domain"]]
+        columns[f"{domains}s busy"] = [f"{min(of_pe):.0%} to {max(of_pe):.0%}" for of_pe in use["domain"]]
     for name, title in (("hbm", "HBM used"), ("egress", "links out used")):
         if use[name] is not None:
             columns[title] = [f"{share:.0%}" for share in use[name]]

@@ -11,7 +11,7 @@ import typer
 from flashmoe.model import MoEModel
 from flashmoe.placement import PLACEMENT_FORMS
 from flashmoe.policy import policy_names, resolve
-from flashmoe.routing import FORMS, Routing, _split_placement
+from flashmoe.routing import FORMS, Routing, split_placement
 from flashmoe.tasks import Tiling
 
 PolicyName = Annotated[str, typer.Option("--policy", help=f"One of: {', '.join(policy_names())}.")]
@@ -112,7 +112,7 @@ def routing_inputs(routing: Routing) -> dict[str, Any]:
 def _with_placement(text: str, placement: str | None) -> str:
     if placement is None:
         return text
-    if (given := _split_placement(text)[2]) != "":
+    if (given := split_placement(text)[2]) != "":
         raise ValueError(f"placement={placement!r}, but routing {text!r} has {given!r} (accepted: one of both)")
     return f"{text}@{placement}"
 

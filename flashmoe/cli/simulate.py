@@ -193,7 +193,7 @@ def _print_replication(replication: Replication) -> None:
     say("")
     say(
         f"The makespan over {len(replication.seeds)} seeds of all that is drawn at random, with "
-        f"{replication.level:.0%} confidence intervals (-: more seeds would be needed):"
+        f"{replication.level:.0%} confidence intervals (-: more seeds, or for the mean scipy, would be needed):"
     )
     rows = [
         [name, *("-" if us is None else as_time(us) for us in (estimate.value, estimate.low, estimate.high))]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.answers import queue_length, streams
+from flashmoe.answers import pe_speeds, queue_length, streams
 from flashmoe.plots.style import (
     KIND_COLOURS,
     label_time,
@@ -66,8 +66,9 @@ def plot_queue_length(trace: Trace, ax: Axes) -> Axes:
 def plot_hbm(trace: Trace, ax: Axes, *, per_pe: bool = False, ceiling_bytes_per_ns: float | None = None) -> Axes:
     """Draw HBM traffic over time, all PEs together or a line for each.
 
-    A task's bytes are spread evenly over its stream, so that short peaks can pass the ceiling.
-    ceiling_bytes_per_ns: of one PE; drawn as a line when given.
+    A task's bytes are spread evenly over its stream, though its rate changes with the number of streams: the curve
+    can pass the ceiling by some per cent.
+    ceiling_bytes_per_ns: of one PE at nominal speed; drawn when given, a line for each speed there is with per_pe.
     """
     unit = time_unit(trace.makespan_ps)
     edges_ps = _edges_ps(trace)
@@ -82,8 +83,13 @@ def plot_hbm(trace: Trace, ax: Axes, *, per_pe: bool = False, ceiling_bytes_per_
     else:
         ax.stairs(bytes_per_ns.sum(axis=0), edges, fill=True, color="#888888", label="all kinds")
     if ceiling_bytes_per_ns is not None:
-        ceiling = ceiling_bytes_per_ns * (1 if per_pe else trace.num_pes)
-        ax.axhline(ceiling, color="black", linewidth=1, linestyle="--", label=f"ceiling {ceiling:.0f} GB/s")
+        speeds = pe_speeds(trace)
+        ceilings = ceiling_bytes_per_ns * (np.unique(speeds) if per_pe else speeds.sum(keepdims=True))
+        lowest, highest = f"{ceilings.min():.0f}", f"{ceilings.max():.0f}"
+        values = lowest if lowest == highest else f"{lowest} to {highest}"
+        for ceiling in ceilings:
+            ax.axhline(ceiling, color="black", linewidth=1, linestyle="--")
+        ax.lines[-1].set_label(f"ceiling {values} GB/s\n(curve: each stream\nspread evenly)")
     ax.set_ylim(bottom=0)
     whose = "each PE" if per_pe else "1 PE" if trace.num_pes == 1 else f"{trace.num_pes} PEs"
     ax.set_ylabel(f"HBM traffic\nof {whose} [GB/s]")
