@@ -36,6 +36,7 @@ class BoundsOf {
       launches_ps_ += launch_ps_ + (num_layers_ > 0 ? static_cast<double>(gap_ps_) : 0.0);
     }
     ++num_layers_;
+    has_tasks_ = has_tasks_ || g.num_tasks() > 0;
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
       // launches and gaps count on a PE while it has tasks
       if (g.first[pe] < g.first[pe + 1]) idle_ps_[pe] = launches_ps_;
@@ -77,7 +78,7 @@ class BoundsOf {
     return Bounds{
         is_host ? all + least_idle : hbm,
         workers,
-        longest_ps_ > 0 ? longest_ps_ + launch_ps_ : 0.0,
+        has_tasks_ ? longest_ps_ + launch_ps_ : 0.0,
         last_end_ps_,
         busiest_links > 0 ? busiest_links + launch_ps_ : 0.0,  // a link may go on while its PE is idle
         busiest_links};
@@ -191,6 +192,7 @@ class BoundsOf {
   bool pipelined_;
   i64 gap_ps_;
   u32 num_layers_ = 0;
+  bool has_tasks_ = false;
   double launch_ps_ = 0, launches_ps_ = 0, longest_ps_ = 0, last_end_ps_ = 0;
   std::vector<double> distinct_;  // [num_pes] least time for the weights [ps]
   std::vector<double> stream_ps_, rest_ps_;
