@@ -13,7 +13,7 @@ from flashmoe.sim.costs import PLANNED_KINDS, Costs, task_costs
 from flashmoe.sim.parameters import Parameters
 from flashmoe.tasks import TaskTable, segment_owner
 
-_SAFETY = 1.0 - 1e-9  # rounding of shared bandwidth to float64 may end a stream this much early
+SAFETY = 1.0 - 1e-9  # rounding of shared bandwidth to float64 may end a stream this much early
 
 
 def lower_bounds(tables: Sequence[TaskTable], parameters: Parameters, gap_ps: int | None = None) -> dict[str, int]:
@@ -45,7 +45,7 @@ def lower_bounds(tables: Sequence[TaskTable], parameters: Parameters, gap_ps: in
         "critical_path": _critical_path_ps(layers, parameters, gap_ps),
         "links": links_ps + launch_ps if links_ps > 0 else 0,  # a link may go on while its PE is idle
     }
-    return {name: int(bound * _SAFETY) for name, bound in bounds_ps.items()}
+    return {name: int(bound * SAFETY) for name, bound in bounds_ps.items()}
 
 
 def busiest_link_ps(tables: Sequence[TaskTable], parameters: Parameters) -> float:

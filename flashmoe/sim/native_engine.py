@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe import _native
-from flashmoe.policy import Policy
+from flashmoe.policy import QUEUES, Policy  # in the order of enum class QueueKind
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.parameters import Parameters
 from flashmoe.sim.records import make_records
 from flashmoe.sim.simpy_engine import Progress, Schedule
 from flashmoe.tasks import ORDERS, TaskTable
 from flashmoe.trace import KINDS
-
-_QUEUES = ("push", "ticket", "domain", "static", "replay")  # enum class QueueKind, in its order
 
 
 def run_native(
@@ -73,12 +71,12 @@ def run_layers(
 
     Returns: num_tasks, tasks_done, makespan_ps, time_ps and so on, as `result_dict` in engine_module.cpp writes them.
     """
-    if policy.queue not in _QUEUES:
-        raise ValueError(f"unknown queue {policy.queue!r} (queues: {', '.join(_QUEUES)})")
+    if policy.queue not in QUEUES:
+        raise ValueError(f"unknown queue {policy.queue!r} (queues: {', '.join(QUEUES)})")
     return _native.run_layers(
         _parameters(parameters),
         list(layers),
-        queue=_QUEUES.index(policy.queue),
+        queue=QUEUES.index(policy.queue),
         order=ORDERS.index(policy.order) if ranked else None,
         look_ahead=policy.look_ahead,
         gap_ps=gap_ps,

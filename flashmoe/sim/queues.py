@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
+from flashmoe.policy import QUEUES
 from flashmoe.sim.servers import Counter
 
 if TYPE_CHECKING:
     from flashmoe.sim.simpy_engine import Stage, Worker
 
 Got = Callable[[int | None], None]  # called with the row of a pick, or None: there are no more
-
-QUEUES = ("push", "ticket", "domain", "static", "replay")
 
 
 class TicketQueue:

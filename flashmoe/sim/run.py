@@ -17,7 +17,7 @@ from flashmoe.policy import Policy, resolve
 from flashmoe.routing import Routing
 from flashmoe.schedule import Schedule, to_schedule
 from flashmoe.sim import effects, parameters
-from flashmoe.sim.bounds import busiest_link_ps, distinct_weight_bytes, lower_bounds
+from flashmoe.sim.bounds import SAFETY, busiest_link_ps, distinct_weight_bytes, lower_bounds
 from flashmoe.sim.engines import ENGINES
 from flashmoe.sim.native_engine import run_layers
 from flashmoe.sim.simpy_engine import Progress
@@ -223,7 +223,7 @@ class _Run:
                 pe_speed=self.pe_speed,
             )
         return self._totals(
-            bounds_ps={name: int(bound * (1.0 - 1e-9)) for name, bound in result["bounds_ps"].items()},
+            bounds_ps={name: int(bound * SAFETY) for name, bound in result["bounds_ps"].items()},
             busiest_link_ps=result["busiest_link_ps"],
             distinct_bytes=int(result["distinct_weight_bytes"]),
             **{name: result[name] for name in ("makespan_ps", "num_tasks", "layer_end_ps", "time_ps")},

@@ -163,7 +163,6 @@ class ListedLayer : public LayerSource {
     g.first = first_;
     g.first_id = first_id_;
     g.chain = chain_;
-    g.event_pe = event_pe_;
     g.event_target = event_target_;
     g.planned_event = planned_event_;
     g.outputs.assign(g.num_pes, 0);

@@ -43,7 +43,6 @@ struct LayerGraph {
   std::vector<TaskClass> classes;
   std::vector<u32> waits;
   std::vector<SignalTo> signals;
-  std::vector<u16> event_pe;
   std::vector<u32> event_target;
   std::vector<u32> planned_event;  // [num_pes]
   std::vector<u32> outputs;        // [num_pes] tasks that signal nothing: they write what the layer leaves
@@ -114,7 +113,6 @@ class GraphBuilder {
  private:
   GraphBuilder(LayerPlan& plan, const Parameters& p) : plan_(plan), parameters_(p) {
     graph_.num_pes = plan.shape().num_pes;
-    graph_.event_pe = plan.event_pe;
     graph_.event_target = plan.event_target;
     graph_.planned_event = plan.planned_event;
     graph_.first.push_back(0);
