@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.tasks import TaskTable, segment_owner
-from flashmoe.trace import KINDS, Trace
+from flashmoe.trace import KINDS, TIME_SHARES, Trace
 
 __all__ = [
     "PATH_EFFECTS",
@@ -29,8 +29,7 @@ __all__ = [
     "worker_time",
 ]
 
-# What a worker does, in the order in which a task goes through it; other: the launch, bookkeeping, no work left.
-WORKER_TIMES = ("ticket", "inputs", "stream", "compute", "overhead", "send", "other")
+WORKER_TIMES = TIME_SHARES
 
 # What the critical path does between the end of one of its tasks and the end of the next, in this order.
 PATH_EFFECTS = (

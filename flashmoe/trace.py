@@ -24,6 +24,11 @@ KINDS = ("gate", "route", "dispatch", "up", "down", "combine", "expert")
 
 TRACE_FORMAT = 2
 
+# How a worker spends its time, in the order in which a task goes through it: waiting for a ticket or for inputs,
+# streaming what is not there yet, computing, the fixed part of a task, remote stores; other: the launch,
+# bookkeeping, no work left.
+TIME_SHARES = ("ticket", "inputs", "stream", "compute", "overhead", "send", "other")
+
 TRACE_DTYPE = np.dtype(
     [
         ("layer", "u2"),

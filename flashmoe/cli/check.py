@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from flashmoe.cli import inputs
@@ -16,7 +15,7 @@ from flashmoe.model import MoEModel
 from flashmoe.policy import Policy, policy_names, resolve
 from flashmoe.schedule import CYCLE_TITLE, ScheduleError, check_policy
 from flashmoe.tasks import TaskTable
-from flashmoe.trace import KINDS, Trace
+from flashmoe.trace import Trace
 
 _HOW = {
     "push": "with any number of workers",
@@ -118,7 +117,7 @@ def check(
         name = policy or "static_phase"
         chosen = resolve(name, inputs.choose_tiling(name, granularity, down))
     else:
-        chosen = _policy_of(trace, gate)
+        chosen = inputs.policy_of(trace, gate=gate)
     tables = [TaskTable(sizes, one, chosen.tiling, gate=gate) for one in drawn]
     refused, layer = None, 0
     with progress("trying every timing") as tick:
@@ -205,10 +204,3 @@ def _load_schedule(path: Path) -> Trace:
     if missing := [key for key in needed if key not in trace.header]:
         raise ValueError(f"{path}: no schedule to check, its header lacks {', '.join(missing)}")
     return trace
-
-
-def _policy_of(trace: Trace, gate: bool) -> Policy:
-    """The trace's schedule; without its gate tasks when the routing comes from outside."""
-    if not gate:
-        trace = Trace(trace.records[trace.records["kind"] != KINDS.index("gate")], trace.header, np.zeros(0, np.int64))
-    return Policy.from_trace(trace)

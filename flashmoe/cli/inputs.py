@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from flashmoe.model import MoEModel
 from flashmoe.placement import PLACEMENT_FORMS
-from flashmoe.policy import policy_names, resolve
+from flashmoe.policy import Policy, policy_names, resolve
 from flashmoe.routing import FORMS, Routing, split_placement
 from flashmoe.tasks import Tiling
+from flashmoe.trace import KINDS, Trace
 
 PolicyName = Annotated[str, typer.Option("--policy", help=f"One of: {', '.join(policy_names())}.")]
 ROUTING_HELP = f"One of: {FORMS}. A file holds recorded tokens, or how many chose each expert."
@@ -49,6 +51,13 @@ def load_model(name: str, dtype: str | None) -> MoEModel:
     """A preset, or the sizes in config.json of a checkpoint folder."""
     model = MoEModel.load(name)
     return model if dtype is None else replace(model, dtype=dtype)
+
+
+def policy_of(trace: Trace, *, gate: bool) -> Policy:
+    """A trace's schedule. gate=False: without its gate tasks, as the routing comes from outside."""
+    if not gate:
+        trace = Trace(trace.records[trace.records["kind"] != KINDS.index("gate")], trace.header, np.zeros(0, np.int64))
+    return Policy.from_trace(trace)
 
 
 def choose_tiling(policy: str, granularity: str | None, down: str | None) -> Tiling | None:

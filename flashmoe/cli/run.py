@@ -24,9 +24,8 @@ from flashmoe.cli.screen import (
     say,
 )
 from flashmoe.model import MoEModel
-from flashmoe.policy import Policy, policy_names, resolve
-from flashmoe.routing import Routing
-from flashmoe.trace import KINDS, Trace
+from flashmoe.policy import policy_names, resolve
+from flashmoe.trace import Trace
 from flashmoe.weights import Weights
 
 # Relative error (Frobenius norm) that a layer with float32 sums stays below.
@@ -119,7 +118,7 @@ def run(
         name = policy or "ticket"
         chosen = resolve(name, inputs.choose_tiling(name, granularity, down))
     else:
-        chosen = _policy_of(trace, given)
+        chosen = inputs.policy_of(trace, gate=given is None)
     x = random_tokens(sizes, [counts] * pes if isinstance(counts, int) else counts, seed)
     weights = _weights(sizes, checkpoint, layer, seed)
     with progress(f"computing on {pes} x {workers} threads"):
@@ -205,14 +204,6 @@ def _load_schedule(path: Path) -> Trace:
     if missing := [key for key in needed if key not in trace.header]:
         raise ValueError(f"{path}: no schedule to repeat, its header lacks {', '.join(missing)}")
     return trace
-
-
-def _policy_of(trace: Trace, routing: Routing | None) -> Policy:
-    """The trace's schedule; without its gate tasks when the routing comes from outside."""
-    if routing is not None:
-        records = trace.records[trace.records["kind"] != KINDS.index("gate")]
-        trace = Trace(records, trace.header, np.zeros(0, np.int64))
-    return Policy.from_trace(trace)
 
 
 def _weights(model: MoEModel, checkpoint: Path | None, layer: int, seed: int) -> Weights:

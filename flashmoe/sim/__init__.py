@@ -5,7 +5,8 @@ from flashmoe.sim.deadlock import DeadlockError
 from flashmoe.sim.effects import EFFECTS
 from flashmoe.sim.engines import ENGINES
 from flashmoe.sim.run import MODEL_VERSION, evaluate, simulate
-from flashmoe.sim.totals import TIME_SHARES, Totals
+from flashmoe.sim.totals import Totals
+from flashmoe.trace import TIME_SHARES
 
 __all__ = [
     "EFFECTS",

@@ -21,9 +21,9 @@ from flashmoe.sim.bounds import SAFETY, busiest_link_ps, distinct_weight_bytes, 
 from flashmoe.sim.engines import ENGINES
 from flashmoe.sim.native_engine import run_layers
 from flashmoe.sim.simpy_engine import Progress
-from flashmoe.sim.totals import TIME_SHARES, Totals
+from flashmoe.sim.totals import Totals
 from flashmoe.tasks import TaskTable, Tiling, critical_path, native_shape
-from flashmoe.trace import Trace, stamp
+from flashmoe.trace import TIME_SHARES, Trace, stamp
 
 MODEL_VERSION = 3  # raised whenever the same inputs give other times
 

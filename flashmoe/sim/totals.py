@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# How a worker spends its time: waiting for a ticket or for inputs, streaming what is not there yet, computing,
-# the fixed part of a task, remote stores; the rest (not launched yet, nothing left) is "other".
-TIME_SHARES = ("ticket", "inputs", "stream", "compute", "overhead", "send", "other")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
