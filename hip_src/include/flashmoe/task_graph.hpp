@@ -96,6 +96,16 @@ struct TaskGraph {
     if (place != group_begin(group)) return 0;
     return group_begin(group + 1) - place;
   }
+  //! The task after `task` in its chain: as decode(task.id + 1), without a division.
+  FLASHMOE_FN Task next_in_chain(Task task) const {
+    const u32 local = plan.active[plan.active_offset[task.expert - pe * plan.num_local] + 1];
+    ++task.id;
+    task.expert = pe * plan.num_local + local;
+    task.block = plan.block_offset[local];
+    task.first = plan.entry_offset[local];
+    task.num_tokens = plan.expert_tokens(local);
+    return task;
+  }
   //! First place of a group in the list of active experts.
   FLASHMOE_FN u32 group_begin(u32 group) const {
     return plan.active_offset[tiling.group_first_expert(shape, group)];

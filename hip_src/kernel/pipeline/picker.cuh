@@ -1,0 +1,117 @@
+// The picking thread: takes picks as the policy says, decodes them and hands them on, one pick ahead of the
+// stream.
+#pragma once
+#include "flashmoe/queue.hpp"
+#include "group.cuh"
+
+namespace flashmoe::pipeline {
+
+template <bool traced>
+class Picker {
+ public:
+  __device__ Picker(const Group& group, const TaskGraph& graph, u32 columns)
+      : group_(group), graph_(graph), columns_(columns) {}
+
+  __device__ void run() {
+    const Params& params = group_.params;
+    RankSource source(params.queue, group_.in_workspace<char>(group_.counters.heads), group_.worker,
+                      params.num_workers, params.num_domains);
+    const PickOrder order(graph_, params.order);
+    const bool replay = params.queue == QueueKind::replay;
+    u32 place = replay ? params.replay_offset[group_.worker] : 0;
+    while (one_ahead()) {
+      if constexpr (traced) ticket_ns_ = clock_ns();
+      u32 id;
+      if (replay) {
+        if (place == params.replay_offset[group_.worker + 1]) break;
+        id = params.replay_ids[place++];
+        if (id >= graph_.first_up() && !need_plan()) break;
+      } else {
+        u32 rank = source.next(is_planned_ ? order.size() : none);
+        if (rank == none) break;
+        if (rank >= order.num_early()) {
+          if (!need_plan()) break;
+          if (rank >= order.size() && (rank = source.next(order.size())) == none) break;
+        }
+        // A pick of another domain may be what an own one waits for, and the others handle picks in turn: so
+        // first all that is in hand must have had its inputs.
+        if (source.is_away() && !drain()) break;
+        id = order[rank];
+      }
+      const u32 length = id < graph_.first_up() ? 1 : graph_.chain(id);
+      Task task = graph_.decode(id);
+      hand_on(task);
+      for (u32 i = 1; i < length; ++i) {
+        task = graph_.next_in_chain(task);
+        hand_on(task);
+      }
+    }
+    // everybody needs the plan once, be it to learn that there is nothing to do
+    if (need_plan()) push(Item{ItemKind::end});
+  }
+
+ private:
+  //! Asks the math warps for the plan, and waits for it.
+  __device__ bool need_plan() {
+    if (is_planned_) return !group_.stopped();
+    push(Item{ItemKind::plan});
+    group_.wait(group_.planned(), 0);
+    is_planned_ = true;
+    const Params& params = group_.params;
+    if (params.queue == QueueKind::replay && !group_.stopped()) {
+      const u64 digest = plan_digest(graph_.plan.entry_offset, num_experts);
+      if (digest != params.replay_digest) {
+        group_.give_up(none, EventKind::planned, 0, digest, params.replay_digest, 0,
+                       FaultKind::replay_mismatch);
+      }
+    }
+    return !group_.stopped();
+  }
+
+  __device__ void hand_on(const Task& task) {
+    Item item{ItemKind::task, task.kind,  task.id,    task.expert,
+              task.tile,      task.block, task.first, task.num_tokens};
+    item.ticket_ns = ticket_ns_;
+    if (task.kind == TaskKind::up) {
+      item.row_tiles = graph_.up_width(task.tile) / 8;
+      item.passes = 1;
+    } else if (task.kind == TaskKind::down) {
+      const u32 group = graph_.group_of(task);
+      item.row_tiles = graph_.down_width(task.tile) / 16;
+      item.chain_first = graph_.group_begin(group);
+      item.chain_end = graph_.group_begin(group + 1);
+      item.passes = ceil_div(task.num_tokens, 8 * columns_);
+    }
+    push(item);
+  }
+
+  __device__ void push(const Item& item) {
+    group_.wait(group_.item_free(items_.slot), items_.parity);
+    group_.in_shared<Item>(group_.at.items)[items_.slot] = item;
+    sm90::arrive(group_.item_full(items_.slot));
+    last_item_ = items_;
+    any_item_ = true;
+    items_.advance(num_items);
+  }
+
+  //! Until the stream has come to the last item: a worker that held more would take work from the others.
+  __device__ bool one_ahead() {
+    if (any_item_) group_.wait(group_.item_begun(last_item_.slot), last_item_.parity ^ 1);
+    return !group_.stopped();
+  }
+
+  //! Until the last item is done with.
+  __device__ bool drain() {
+    if (any_item_) group_.wait(group_.item_free(last_item_.slot), last_item_.parity ^ 1);
+    return !group_.stopped();
+  }
+
+  const Group& group_;
+  const TaskGraph& graph_;
+  u32 columns_;
+  u64 ticket_ns_ = 0;
+  Turn items_{1}, last_item_{1};
+  bool any_item_ = false, is_planned_ = false;
+};
+
+}  // namespace flashmoe::pipeline

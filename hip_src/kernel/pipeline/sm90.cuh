@@ -1,0 +1,99 @@
+// Hopper's instructions for the pipeline: barriers in shared memory, bulk copies, the matrix instruction.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "flashmoe/platform.hpp"
+#include "flashmoe/shape.hpp"
+
+namespace flashmoe::sm90 {
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// --- mbarriers; `address` in shared memory
+__device__ __forceinline__ void barrier_init(u32 address, u32 arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "r"(arrivals));
+}
+__device__ __forceinline__ void barriers_initialised() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(u32 address) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address) : "memory");
+}
+//! A predicated instruction, not a branch: the warp stays together.
+__device__ __forceinline__ void arrive_if(u32 address, bool condition) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared.b64 _, [%0];}" ::"r"(address),
+               "r"(condition ? 1u : 0u)
+               : "memory");
+}
+__device__ __forceinline__ void arrive_and_expect(u32 address, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ bool phase_is_over(u32 address, u32 parity) {
+  u32 over;
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(over)
+               : "r"(address), "r"(parity)
+               : "memory");
+  return over != 0;
+}
+
+// --- weights: read once, so they leave L2 first
+__device__ __forceinline__ u64 evict_first_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier,
+                                          u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(to_shared),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// --- two words at once, each 8 bytes whole
+__device__ __forceinline__ void load_words(const u64* from, u64& first, u64& second) {
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(first), "=l"(second)
+               : "l"(from)
+               : "memory");
+}
+//! Adds one after everything that this thread, and those it has met at a barrier, wrote before.
+__device__ __forceinline__ void add_release(u32* address) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(address) : "memory");
+}
+
+//! d += a b: 16 x 16 times 16 x 8.
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <u32 barrier, u32 threads>
+__device__ __forceinline__ void named_barrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(barrier), "n"(threads) : "memory");
+}
+
+// --- launches that overlap the end of the kernel before
+__device__ __forceinline__ void let_next_launch_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ __forceinline__ float2 as_floats(u32 pair) {
+  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
+}
+__device__ __forceinline__ u32 as_bf16_pair(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<u32*>(&pair);
+}
+
+}  // namespace flashmoe::sm90
