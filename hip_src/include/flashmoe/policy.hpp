@@ -146,4 +146,40 @@ struct PickOrder {
   }
 };
 
+//! Rank -> first task of the pick, for a worker that takes ranks one after the other: sizes are worked out once, and
+//! the expert is looked for from where the last pick's was. Needs the plan.
+class PickDecoder {
+ public:
+  FLASHMOE_FN explicit PickDecoder(const PickOrder& order)
+      : order_(order),
+        graph_(order.graph),
+        early_(order.num_early()),
+        size_(order.size()),
+        first_up_(order.graph.first_up()),
+        up_(order.graph.up_per_block()),
+        num_up_(order.graph.num_up()) {}
+
+  FLASHMOE_FN u32 size() const { return size_; }
+
+  //! As graph.decode(order[rank]).
+  FLASHMOE_FN Task operator()(u32 rank) {
+    const u32 index = rank - early_;
+    const bool is_up = rank >= early_ && index < num_up_ && !order_.depth_first && !graph_.whole_experts();
+    if (!is_up) return graph_.decode(order_[rank]);
+    const Plan& plan = graph_.plan;
+    const u32 in_sequence = index / up_, tile = index % up_;
+    if (in_sequence < plan.sequence_offset[place_]) place_ = 0;
+    while (in_sequence >= plan.sequence_offset[place_ + 1]) ++place_;
+    const u32 local = plan.sequence[place_];
+    const u32 block = plan.block_offset[local] + in_sequence - plan.sequence_offset[place_];
+    return graph_.expert_task(first_up_ + block * up_ + tile, TaskKind::up, local, block, tile);
+  }
+
+ private:
+  const PickOrder& order_;
+  const TaskGraph& graph_;
+  u32 early_, size_, first_up_, up_, num_up_;
+  u32 place_ = 0;
+};
+
 }  // namespace flashmoe

@@ -96,6 +96,19 @@ struct TaskGraph {
     if (place != group_begin(group)) return 0;
     return group_begin(group + 1) - place;
   }
+  //! A task of a block whose expert is known.
+  FLASHMOE_FN Task expert_task(u32 id, TaskKind kind, u32 local, u32 block, u32 tile) const {
+    const u32 skipped = (block - plan.block_offset[local]) * tiling.block_tokens;
+    const u32 rest = plan.expert_tokens(local) - skipped;
+    return Task{id,
+                kind,
+                pe * plan.num_local + local,
+                tile,
+                block,
+                plan.entry_offset[local] + skipped,
+                rest < tiling.block_tokens ? rest : tiling.block_tokens,
+                none};
+  }
   //! The task after `task` in its chain: as decode(task.id + 1), without a division.
   FLASHMOE_FN Task next_in_chain(Task task) const {
     const u32 local = plan.active[plan.active_offset[task.expert - pe * plan.num_local] + 1];
@@ -238,17 +251,7 @@ struct TaskGraph {
   }
 
   FLASHMOE_FN Task expert_block(u32 id, TaskKind kind, u32 block, u32 tile) const {
-    const u32 local = bucket_of(plan.block_offset, plan.num_local, block);
-    const u32 skipped = (block - plan.block_offset[local]) * tiling.block_tokens;
-    const u32 rest = plan.expert_tokens(local) - skipped;
-    return Task{id,
-                kind,
-                pe * plan.num_local + local,
-                tile,
-                block,
-                plan.entry_offset[local] + skipped,
-                rest < tiling.block_tokens ? rest : tiling.block_tokens,
-                none};
+    return expert_task(id, kind, bucket_of(plan.block_offset, plan.num_local, block), block, tile);
   }
 
   //! down="tile": every source PE with a token of this *expert* hears of each of its tiles, so that the

@@ -19,51 +19,62 @@ class Picker {
     const PickOrder order(graph_, params.order);
     const bool replay = params.queue == QueueKind::replay;
     u32 place = replay ? params.replay_offset[group_.worker] : 0;
+    const u32 num_early = order.num_early();
+    // first what the plan is made of ...
+    u32 rank = none;
     while (one_ahead()) {
       if constexpr (traced) ticket_ns_ = clock_ns();
-      u32 id;
+      if (replay) {
+        if (place == params.replay_offset[group_.worker + 1] || params.replay_ids[place] >= graph_.first_up()) break;
+        hand_on(graph_.decode(params.replay_ids[place++]));
+      } else {
+        rank = source.next(none);
+        if (rank == none || rank >= num_early) break;
+        if (source.is_away() && !drain()) break;
+        hand_on(graph_.decode(order[rank]));
+      }
+    }
+    // ... then the plan, which everybody needs, be it to learn that there is nothing to do ...
+    if (!get_plan()) return;
+    // ... and the rest
+    PickDecoder decode(order);
+    bool is_first = !replay;  // that pick is in hand
+    while (is_first || one_ahead()) {
+      if constexpr (traced) {
+        if (!is_first) ticket_ns_ = clock_ns();
+      }
+      Task task;
       if (replay) {
         if (place == params.replay_offset[group_.worker + 1]) break;
-        id = params.replay_ids[place++];
-        if (id >= graph_.first_up() && !need_plan()) break;
+        task = graph_.decode(params.replay_ids[place++]);
       } else {
-        u32 rank = source.next(is_planned_ ? order.size() : none);
+        if (!is_first || rank >= decode.size()) rank = source.next(decode.size());
+        is_first = false;
         if (rank == none) break;
-        if (rank >= order.num_early()) {
-          if (!need_plan()) break;
-          if (rank >= order.size() && (rank = source.next(order.size())) == none) break;
-        }
         // A pick of another domain may be what an own one waits for, and the others handle picks in turn: so
         // first all that is in hand must have had its inputs.
         if (source.is_away() && !drain()) break;
-        id = order[rank];
+        task = decode(rank);
       }
-      const u32 length = id < graph_.first_up() ? 1 : graph_.chain(id);
-      Task task = graph_.decode(id);
       hand_on(task);
-      for (u32 i = 1; i < length; ++i) {
+      for (u32 length = graph_.chain(task.id); length > 1; --length) {
         task = graph_.next_in_chain(task);
         hand_on(task);
       }
     }
-    // everybody needs the plan once, be it to learn that there is nothing to do
-    if (need_plan()) push(Item{ItemKind::end});
+    push(Item{ItemKind::end});
   }
 
  private:
   //! Asks the math warps for the plan, and waits for it.
-  __device__ bool need_plan() {
-    if (is_planned_) return !group_.stopped();
+  __device__ bool get_plan() {
     push(Item{ItemKind::plan});
     group_.wait(group_.planned(), 0);
-    is_planned_ = true;
     const Params& params = group_.params;
     if (params.queue == QueueKind::replay && !group_.stopped()) {
       const u64 digest = plan_digest(graph_.plan.entry_offset, num_experts);
-      if (digest != params.replay_digest) {
-        group_.give_up(none, EventKind::planned, 0, digest, params.replay_digest, 0,
-                       FaultKind::replay_mismatch);
-      }
+      if (digest != params.replay_digest)
+        group_.give_up(none, EventKind::planned, 0, digest, params.replay_digest, 0, FaultKind::replay_mismatch);
     }
     return !group_.stopped();
   }
@@ -111,7 +122,7 @@ class Picker {
   u32 columns_;
   u64 ticket_ns_ = 0;
   Turn items_{1}, last_item_{1};
-  bool any_item_ = false, is_planned_ = false;
+  bool any_item_ = false;
 };
 
 }  // namespace flashmoe::pipeline
