@@ -181,8 +181,9 @@ class Mathematician {
     partials_.advance(2);
   }
 
-  //! Loads 16 bytes of a row for each of this warp's chunks; row nullptr: zeros.
-  template <u32 k>
+  //! Loads 16 bytes of a row for each of this warp's chunks; row nullptr: zeros. unchanging: nobody writes the row during
+  //! the launch, so that L1 may keep it.
+  template <u32 k, bool unchanging>
   __device__ __forceinline__ void load_row(Tokens<units_of<k>, columns>& tokens, u32 j,
                                            const void* row) const {
 #pragma unroll
@@ -190,7 +191,10 @@ class Mathematician {
       uint4 value = make_uint4(0, 0, 0, 0);
       const u32 chunk = u * math_warps + warp_;
       if (row != nullptr && chunk < k / 32)
-        value = __ldcg(static_cast<const uint4*>(row) + chunk * 4 + lane_ % 4);
+        {
+        const uint4* from = static_cast<const uint4*>(row) + chunk * 4 + lane_ % 4;
+        value = unchanging ? __ldg(from) : __ldcg(from);
+      }
       tokens.words[u][j][0] = value.x, tokens.words[u][j][1] = value.y;
       tokens.words[u][j][2] = value.z, tokens.words[u][j][3] = value.w;
     }
@@ -199,7 +203,7 @@ class Mathematician {
   __device__ void load_own_tokens() {
     const u32 token = lane_ / 4;
     const auto* x = static_cast<const char*>(group_.params.x);
-    load_row<d_model>(own_, 0, token < group_.params.num_tokens ? x + u64{token} * d_model * 2 : nullptr);
+    load_row<d_model, true>(own_, 0, token < group_.params.num_tokens ? x + u64{token} * d_model * 2 : nullptr);
   }
 
   __device__ void up(const Item& item) {
@@ -216,7 +220,7 @@ class Mathematician {
         const char* row = nullptr;
         if (column < item.num_tokens)
           row = static_cast<const char*>(group_.params.x) + u64{entries[column] / top_k} * d_model * 2;
-        load_row<d_model>(tokens, j, row);
+        load_row<d_model, true>(tokens, j, row);
       }
       up_tiles(item, tokens, groups);
     }
@@ -340,7 +344,7 @@ class Mathematician {
         const char* row = nullptr;
         if (column < count)
           row = group_.in_workspace<char>(group_.params.layout.hidden) + u64{entries[column]} * d_ff * 2;
-        load_row<d_ff>(into, j, row);
+        load_row<d_ff, false>(into, j, row);
       }
     };
     for (u32 base = first_block; base < end_block; base += 2) {

@@ -59,7 +59,7 @@ class Picker {
       hand_on(task);
       for (u32 length = graph_.chain(task.id); length > 1; --length) {
         task = graph_.next_in_chain(task);
-        hand_on(task);
+        hand_on(task, true);
       }
     }
     push(Item{ItemKind::end});
@@ -79,21 +79,26 @@ class Picker {
     return !group_.stopped();
   }
 
-  __device__ void hand_on(const Task& task) {
-    Item item{ItemKind::task, task.kind,  task.id,    task.expert,
-              task.tile,      task.block, task.first, task.num_tokens};
-    item.ticket_ns = ticket_ns_;
+  //! In a chain the rows and the group are those of the task before.
+  __device__ void hand_on(const Task& task, bool continues = false) {
+    item_.kind = ItemKind::task;
+    item_.task_kind = task.kind;
+    item_.id = task.id, item_.expert = task.expert, item_.tile = task.tile;
+    item_.block = task.block, item_.first = task.first, item_.num_tokens = task.num_tokens;
+    item_.ticket_ns = ticket_ns_;
+    item_.passes = 1;
     if (task.kind == TaskKind::up) {
-      item.row_tiles = graph_.up_width(task.tile) / 8;
-      item.passes = 1;
+      item_.row_tiles = graph_.up_width(task.tile) / 8;
     } else if (task.kind == TaskKind::down) {
-      const u32 group = graph_.group_of(task);
-      item.row_tiles = graph_.down_width(task.tile) / 16;
-      item.chain_first = graph_.group_begin(group);
-      item.chain_end = graph_.group_begin(group + 1);
-      item.passes = ceil_div(task.num_tokens, 8 * columns_);
+      item_.passes = ceil_div(task.num_tokens, 8 * columns_);
+      if (!continues) {
+        const u32 group = graph_.group_of(task);
+        item_.row_tiles = graph_.down_width(task.tile) / 16;
+        item_.chain_first = graph_.group_begin(group);
+        item_.chain_end = graph_.group_begin(group + 1);
+      }
     }
-    push(item);
+    push(item_);
   }
 
   __device__ void push(const Item& item) {
@@ -121,6 +126,7 @@ class Picker {
   const TaskGraph& graph_;
   u32 columns_;
   u64 ticket_ns_ = 0;
+  Item item_{};
   Turn items_{1}, last_item_{1};
   bool any_item_ = false;
 };
