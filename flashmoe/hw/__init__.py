@@ -7,8 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from flashmoe.hw.cpu import Chaos, Layer, RunResult
+from flashmoe.hw.cpu import Chaos, Layer
+from flashmoe.hw.device import DeviceLayer
 from flashmoe.hw.fault import LaunchError
+from flashmoe.hw.launches import RunResult
 from flashmoe.model import MoEModel
 from flashmoe.policy import Policy
 from flashmoe.routing import Routing
@@ -17,7 +19,7 @@ from flashmoe.weights import Weights
 
 __all__ = ["BACKENDS", "Chaos", "LaunchError", "Layer", "RunResult", "run"]
 
-BACKENDS = {"cpu": Layer}
+BACKENDS: dict[str, type[Layer] | type[DeviceLayer]] = {"cpu": Layer, "cuda": DeviceLayer}
 
 
 def run(
@@ -26,7 +28,7 @@ def run(
     x: Sequence[NDArray[Any]],
     *,
     backend: str = "cpu",
-    workers: int = 4,
+    workers: int | None = None,
     policy: str | Policy = "ticket",
     tiling: Tiling | None = None,
     routing: Routing | None = None,
@@ -37,7 +39,9 @@ def run(
     """Compute one layer for real, once. To launch it many times, make a `Layer`.
 
     x: one (num_tokens, d_model) array per PE; their number is the EP size. Other dtypes are cast to the model's.
-    workers: per PE. domains: groups of workers with a ticket counter of their own (policy domain_steal).
+    backend: cpu, or cuda (built with nvcc at the first use).
+    workers: per PE; by default 4 on the CPU and all that a card has.
+    domains: groups of workers with a ticket counter of their own (policy domain_steal).
     routing: experts and weights from outside; by default the gate runs inside.
     seed: kept in the trace's header; the layer itself has no randomness.
     deadline_s: of a single wait inside the launch.
@@ -50,7 +54,7 @@ def run(
         weights,
         ep_size=len(x),
         max_tokens=max((len(tokens) for tokens in x), default=0),
-        workers=workers,
+        workers=(4 if backend == "cpu" else 0) if workers is None else workers,
         policy=policy,
         tiling=tiling,
         domains=domains,

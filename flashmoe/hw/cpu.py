@@ -14,12 +14,21 @@ from numpy.typing import NDArray
 
 from flashmoe import _native
 from flashmoe.hw.fault import launch_error
+from flashmoe.hw.launches import (
+    RunResult,
+    check_range,
+    check_routing,
+    expected_routing,
+    gate_routing,
+    launch_trace,
+    take_tokens,
+)
 from flashmoe.model import MoEModel
 from flashmoe.policy import QUEUES, Policy, resolve
 from flashmoe.routing import Routing
 from flashmoe.schedule import to_schedule
-from flashmoe.tasks import ORDERS, TaskTable, Tiling, critical_path, native_shape, ready_times
-from flashmoe.trace import TRACE_DTYPE, Trace, stamp
+from flashmoe.tasks import ORDERS, TaskTable, Tiling, native_shape
+from flashmoe.trace import Trace
 from flashmoe.weights import Weights
 
 _MAX_WORKERS = 256
@@ -32,15 +41,6 @@ class Chaos:
     max_delay_us: int = 0  # random, before tasks and between a task and its signals
     absent_pe: int | None = None  # its workers never start
     dead_worker: tuple[int, int, int] | None = None  # (pe, worker, number of tasks after which it stops)
-
-
-@dataclass(frozen=True, eq=False)
-class RunResult:
-    """outputs: one (num_tokens, d_model) array per PE, in the model's dtype. routing: what the layer used."""
-
-    outputs: list[NDArray[Any]]
-    trace: Trace
-    routing: Routing
 
 
 class Layer:
@@ -64,10 +64,10 @@ class Layer:
 
         Raises: ValueError naming the bad argument and the accepted values.
         """
-        _check_range("ep_size", ep_size, 1, 64)
-        _check_range("max_tokens", max_tokens, 0, _native.MAX_TOKENS_PER_PE)
-        _check_range("workers", workers, 1, _MAX_WORKERS)
-        _check_range("domains", domains, 1, _MAX_WORKERS)
+        check_range("ep_size", ep_size, 1, 64)
+        check_range("max_tokens", max_tokens, 0, _native.MAX_TOKENS_PER_PE)
+        check_range("workers", workers, 1, _MAX_WORKERS)
+        check_range("domains", domains, 1, _MAX_WORKERS)
         if not 0 < deadline_s < 1e6:
             raise ValueError(f"deadline_s={deadline_s} (accepted: above 0 and below 1e6)")
         weights.check(model)
@@ -124,19 +124,18 @@ class Layer:
 
     def _launch(self, x: Sequence[NDArray[Any]], routing: Routing | None, seed: int, chaos: Chaos) -> RunResult:
         if chaos.absent_pe is not None:
-            _check_range("absent_pe", chaos.absent_pe, 0, self.ep_size - 1)
+            check_range("absent_pe", chaos.absent_pe, 0, self.ep_size - 1)
         if chaos.dead_worker is not None:
-            _check_range("dead_worker[0] (PE)", chaos.dead_worker[0], 0, self.ep_size - 1)
-            _check_range("dead_worker[1] (worker)", chaos.dead_worker[1], 0, self.workers - 1)
-        tokens = self._tokens(x)
+            check_range("dead_worker[0] (PE)", chaos.dead_worker[0], 0, self.ep_size - 1)
+            check_range("dead_worker[1] (worker)", chaos.dead_worker[1], 0, self.workers - 1)
+        tokens = take_tokens(self.model, x, self.ep_size, self.max_tokens)
         num_tokens = [len(rows) for rows in tokens]
         schedule, digests = None, []
         if routing is not None:
-            routing.check(self.model)
-            if list(routing.num_tokens) != num_tokens:
-                raise ValueError(f"routing for {list(routing.num_tokens)} tokens per PE (x has {num_tokens})")
+            check_routing(self.model, routing, num_tokens)
         if self._follows_lists:
-            table = self._table(routing or self._expected_routing(tokens), gate=routing is None)
+            expected = routing or self._expected_routing(tokens)
+            table = TaskTable(self.model, expected, self.policy.tiling, gate=routing is None)
             schedule = to_schedule(self.policy, table, self.workers)
             digests = table.plan_digests
         outputs = [np.zeros(rows.shape, self.model.numpy_dtype) for rows in tokens]
@@ -157,49 +156,17 @@ class Layer:
         if routing is None:
             pairs = [self._native.routing(pe, count) for pe, count in enumerate(num_tokens)]
             # a NaN token has NaN weights and poisons its own output; a Routing holds numbers
-            used = self._gate_routing([(idx, np.nan_to_num(weights)) for idx, weights in pairs])
+            used = gate_routing(self.model, [(idx, np.nan_to_num(weights)) for idx, weights in pairs])
         else:
             used = routing
         return RunResult(outputs, self._trace(used, gate=routing is None, seed=seed), used)
 
-    def _table(self, routing: Routing, *, gate: bool) -> TaskTable:
-        return TaskTable(self.model, routing, self.policy.tiling, gate=gate)
-
     def _expected_routing(self, tokens: list[NDArray[Any]]) -> Routing:
-        """What the gate will choose: a schedule needs it before the launch, which checks it."""
-        from flashmoe import reference
-
-        pairs = [reference.route(reference.gate_logits(self.model, self.weights, rows), self.model) for rows in tokens]
-        return self._gate_routing(pairs)
-
-    def _gate_routing(self, pairs: list[tuple[NDArray[np.int32], NDArray[np.float32]]]) -> Routing:
-        """pairs: (topk_idx, topk_weights) of each PE, as a gate has chosen them."""
-        return Routing(
-            topk_idx=tuple(idx for idx, _ in pairs),
-            topk_weights=tuple(weights for _, weights in pairs),
-            num_experts=self.model.num_experts,
-            name="gate",
-        )
-
-    def _tokens(self, x: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        if len(x) != self.ep_size:
-            raise ValueError(f"x: {len(x)} arrays (must be one per PE, {self.ep_size})")
-        tokens = []
-        for pe, rows in enumerate(x):
-            rows = np.asarray(rows)
-            if rows.ndim != 2 or rows.shape[1] != self.model.d_model:
-                raise ValueError(f"x[{pe}]: shape {rows.shape} (must be (num_tokens, d_model={self.model.d_model}))")
-            if len(rows) > self.max_tokens:
-                raise ValueError(f"x[{pe}]: {len(rows)} tokens (the layer has room for max_tokens={self.max_tokens})")
-            tokens.append(np.ascontiguousarray(rows, dtype=self.model.numpy_dtype))
-        return tokens
+        return expected_routing(self.model, self.weights, tokens)
 
     def _trace(self, routing: Routing, *, gate: bool, seed: int) -> Trace:
-        table = self._table(routing, gate=gate)
-        records = self._records(table) if self._traced else np.zeros(0, TRACE_DTYPE)
-        header = {
-            **table.header(),
-            **stamp(),
+        buffers = self._native.traces() if self._traced else []
+        more = {
             "executor": "cpu",
             "machine": "host",
             "cpu": platform.processor() or platform.machine(),
@@ -210,46 +177,10 @@ class Layer:
             "seed": seed,
             "clock": {"unit": "ps", "resolution_ps": 1000},
             "drops": self._native.drops() if self._traced else 0,
-            "hbm_bytes": int(table.tasks["weight_bytes"].sum()),
-            "link_bytes": int(table.tasks["link_bytes"].sum()),
         }
-        complete = len(records) == len(table)
-        return Trace(records, header, critical_path(table, records) if complete else np.zeros(0, np.int64))
-
-    def _records(self, table: TaskTable) -> np.ndarray[Any, Any]:
-        """The workers' 32-byte records as trace records, by (pe, task_id)."""
-        buffers = self._native.traces()
-        raw = np.concatenate(buffers)
-        pe = np.repeat(np.arange(len(buffers)) // self.workers, [len(buffer) for buffer in buffers])
-        rows = np.empty(len(raw), np.int64)
-        for i in range(self.ep_size):
-            rows[pe == i] = table.row(i, raw["task_id"][pe == i].astype(np.int64))
-        raw, rows = raw[np.argsort(rows)], np.sort(rows)
-        tasks = table.tasks[rows]
-        records = np.zeros(len(raw), TRACE_DTYPE)
-        for name in ("pe", "task_id", "kind", "expert", "tile", "num_tokens", "peer", "link_bytes"):
-            records[name] = tasks[name]
-        for name in ("worker", "domain", "flags"):
-            records[name] = raw[name]
-        records["hbm_bytes"] = tasks["weight_bytes"]
-        start_ns = raw["start_ns"].astype(np.int64)
-        records["start_ps"] = start_ns * 1000
-        records["end_ps"] = (start_ns + raw["duration_ns"]) * 1000
-        records["ticket_ps"] = (start_ns - raw["ticket_delta"]) * 1000
-        records["asked_ps"], records["loaded_ps"] = records["ticket_ps"], records["start_ps"]
-        records["done_ps"] = records["end_ps"]
-        if len(rows) == len(table):  # all threads share a clock, so inputs were complete when their last maker ended
-            records["ready_ps"] = ready_times(table, records["end_ps"].astype(np.int64))
-        else:
-            records["ready_ps"] = (start_ns - raw["ready_delta"]) * 1000
-        return records
+        return launch_trace(TaskTable(self.model, routing, self.policy.tiling, gate=gate), buffers, more)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
     """bf16 as the 16-bit words that it is: the native module knows no numpy type of that name."""
     return array.view(np.uint16) if array.dtype.itemsize == 2 else array
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r} (accepted: {low}..{high})")

@@ -1,8 +1,8 @@
 /* What a device library offers, in plain C: built for one layer shape by nvcc or clang, loaded at run time.
  *
  * All functions that return int give 0, or an error whose text flashmoe_error() has. Pointers named *_device
- * are device memory. No function synchronises but those that say so; `stream` is a cudaStream_t or hipStream_t.
- * Field for field in flashmoe/hw/device.py. */
+ * are device memory. No function synchronises but those that say so; `stream` is a cudaStream_t or
+ * hipStream_t. Field for field in flashmoe/hw/device.py. */
 #pragma once
 #include <stdint.h>
 
@@ -24,13 +24,13 @@ typedef struct {
 } FlashmoeTiling;
 
 typedef struct {
-  uint32_t num_pes, max_tokens;           /* PEs that share the card; tokens per PE */
+  uint32_t num_pes, max_tokens; /* PEs that share the card; tokens per PE */
   FlashmoeTiling tiling;
-  uint32_t queue, order, look_ahead;      /* QueueKind, Order */
-  uint32_t num_workers, num_domains;      /* workers per PE; 0: all that the card has */
-  uint32_t trace_capacity;                /* records per worker; 0: the kernel without trace points */
-  uint32_t kernel;                        /* 0: the best that can; 1: the general one; 2: the pipelined one, or an error */
-  uint64_t deadline_ns;                   /* of a single wait */
+  uint32_t queue, order, look_ahead; /* QueueKind, Order */
+  uint32_t num_workers, num_domains; /* workers per PE; 0: all that the card has */
+  uint32_t trace_capacity;           /* records per worker; 0: the kernel without trace points */
+  uint32_t kernel;      /* 0: the best that can; 1: the general one; 2: the pipelined one, or an error */
+  uint64_t deadline_ns; /* of a single wait */
 } FlashmoeConfig;
 
 /* Weights of all experts, bf16, packed by flashmoe_pack; gate stays as it is: [num_experts][d_model]. */
@@ -40,7 +40,8 @@ typedef struct {
   const void* down_device;
 } FlashmoeWeights;
 
-/* One launch; one element a PE. topk_* NULL: the gate is inside. replay_*: device memory, queue `replay` only. */
+/* One launch; one element a PE. topk_* NULL: the gate is inside. replay_*: device memory, queue `replay`
+ * only. */
 typedef struct {
   const void* x_device[FLASHMOE_MAX_PES];
   void* out_device[FLASHMOE_MAX_PES];
@@ -71,18 +72,20 @@ const char* flashmoe_error(void);
 void flashmoe_shape(FlashmoeShape* shape);
 int flashmoe_device(FlashmoeDevice* device); /* the current one */
 
-/* Re-orders the rows of all experts for the matrix instructions, in place; scratch_device: flashmoe_pack_scratch
- * bytes. gate_up: [num_experts][2 d_ff][d_model], gate rows first; down: [num_experts][d_model][d_ff]; bf16. */
+/* Re-orders the rows of all experts for the matrix instructions, in place; scratch_device:
+ * flashmoe_pack_scratch bytes. gate_up: [num_experts][2 d_ff][d_model], gate rows first; down:
+ * [num_experts][d_model][d_ff]; bf16. */
 uint64_t flashmoe_pack_scratch(void);
 int flashmoe_pack(void* gate_up_device, void* down_device, void* scratch_device, void* stream);
 
-/* Allocates the workspace; flashmoe_workspace_bytes says how much. Fails with the reason where the layer cannot be
- * done with this configuration. */
+/* Allocates the workspace; flashmoe_workspace_bytes says how much. Fails with the reason where the layer
+ * cannot be done with this configuration. */
 int flashmoe_create(const FlashmoeConfig* config, const FlashmoeWeights* weights, FlashmoeLayer** layer);
 void flashmoe_destroy(FlashmoeLayer* layer);
 uint64_t flashmoe_workspace_bytes(const FlashmoeLayer* layer);
-uint32_t flashmoe_num_workers(const FlashmoeLayer* layer);       /* per PE */
-const char* flashmoe_kernel_name(const FlashmoeLayer* layer);    /* of the kernel that a launch of max_tokens uses */
+uint32_t flashmoe_num_workers(const FlashmoeLayer* layer); /* per PE */
+const char* flashmoe_kernel_name(
+    const FlashmoeLayer* layer); /* of the kernel that a launch of max_tokens uses */
 
 /* Asynchronous; may be captured in a graph. After a fault every launch ends at once until flashmoe_reset. */
 int flashmoe_launch(FlashmoeLayer* layer, const FlashmoeInput* input, void* stream);
@@ -93,7 +96,8 @@ int flashmoe_reset(FlashmoeLayer* layer);
 int flashmoe_routing(FlashmoeLayer* layer, uint32_t pe, int32_t* topk_idx, float* topk_weights);
 /* Copies the records of one worker (32 bytes each, struct TraceRecord) and gives their number and the drops;
  * start_ns counts from *launch_ns, the moment that the first worker of any PE began. */
-int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* records, uint32_t* size, uint32_t* drops);
+int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* records, uint32_t* size,
+                   uint32_t* drops);
 
 /* Device memory without another library. */
 int flashmoe_malloc(void** pointer_device, uint64_t bytes);

@@ -21,70 +21,70 @@ enum class Scope { device, system };
 
 namespace ptx {
 // One instruction of each kind, by width and scope. "memory" keeps the compiler from moving accesses across.
-  #define FLASHMOE_PTX_LOAD(name, order)                                                                     \
-    template <Scope scope>                                                                                   \
-    FLASHMOE_FN std::uint32_t name(const std::uint32_t* address) {                                           \
-      std::uint32_t value;                                                                                   \
-      if (scope == Scope::device)                                                                            \
-        asm volatile("ld." order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");       \
-      else                                                                                                   \
-        asm volatile("ld." order ".sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");       \
-      return value;                                                                                          \
-    }                                                                                                        \
-    template <Scope scope>                                                                                   \
-    FLASHMOE_FN std::uint64_t name(const std::uint64_t* address) {                                           \
-      std::uint64_t value;                                                                                   \
-      if (scope == Scope::device)                                                                            \
-        asm volatile("ld." order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");       \
-      else                                                                                                   \
-        asm volatile("ld." order ".sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");       \
-      return value;                                                                                          \
+  #define FLASHMOE_PTX_LOAD(name, order)                                                               \
+    template <Scope scope>                                                                             \
+    FLASHMOE_FN std::uint32_t name(const std::uint32_t* address) {                                     \
+      std::uint32_t value;                                                                             \
+      if (scope == Scope::device)                                                                      \
+        asm volatile("ld." order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
+      else                                                                                             \
+        asm volatile("ld." order ".sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
+      return value;                                                                                    \
+    }                                                                                                  \
+    template <Scope scope>                                                                             \
+    FLASHMOE_FN std::uint64_t name(const std::uint64_t* address) {                                     \
+      std::uint64_t value;                                                                             \
+      if (scope == Scope::device)                                                                      \
+        asm volatile("ld." order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
+      else                                                                                             \
+        asm volatile("ld." order ".sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
+      return value;                                                                                    \
     }
-  #define FLASHMOE_PTX_STORE(name, order)                                                                    \
-    template <Scope scope>                                                                                   \
-    FLASHMOE_FN void name(std::uint32_t* address, std::uint32_t value) {                                     \
-      if (scope == Scope::device)                                                                            \
-        asm volatile("st." order ".gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");         \
-      else                                                                                                   \
-        asm volatile("st." order ".sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");         \
-    }                                                                                                        \
-    template <Scope scope>                                                                                   \
-    FLASHMOE_FN void name(std::uint64_t* address, std::uint64_t value) {                                     \
-      if (scope == Scope::device)                                                                            \
-        asm volatile("st." order ".gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");         \
-      else                                                                                                   \
-        asm volatile("st." order ".sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");         \
+  #define FLASHMOE_PTX_STORE(name, order)                                                            \
+    template <Scope scope>                                                                           \
+    FLASHMOE_FN void name(std::uint32_t* address, std::uint32_t value) {                             \
+      if (scope == Scope::device)                                                                    \
+        asm volatile("st." order ".gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); \
+      else                                                                                           \
+        asm volatile("st." order ".sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); \
+    }                                                                                                \
+    template <Scope scope>                                                                           \
+    FLASHMOE_FN void name(std::uint64_t* address, std::uint64_t value) {                             \
+      if (scope == Scope::device)                                                                    \
+        asm volatile("st." order ".gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory"); \
+      else                                                                                           \
+        asm volatile("st." order ".sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory"); \
     }
-  #define FLASHMOE_PTX_ADD(name, order)                                                                      \
-    template <Scope scope>                                                                                   \
-    FLASHMOE_FN std::uint32_t name(std::uint32_t* address, std::uint32_t value) {                            \
-      std::uint32_t before;                                                                                  \
-      if (scope == Scope::device)                                                                            \
-        asm volatile("atom." order ".gpu.global.add.u32 %0, [%1], %2;"                                       \
-                     : "=r"(before)                                                                          \
-                     : "l"(address), "r"(value)                                                              \
-                     : "memory");                                                                            \
-      else                                                                                                   \
-        asm volatile("atom." order ".sys.global.add.u32 %0, [%1], %2;"                                       \
-                     : "=r"(before)                                                                          \
-                     : "l"(address), "r"(value)                                                              \
-                     : "memory");                                                                            \
-      return before;                                                                                         \
-    }                                                                                                        \
-    template <Scope scope>                                                                                   \
-    FLASHMOE_FN std::uint64_t name(std::uint64_t* address, std::uint64_t value) {                            \
-      std::uint64_t before;                                                                                  \
-      if (scope == Scope::device)                                                                            \
-        asm volatile("atom." order ".gpu.global.add.u64 %0, [%1], %2;"                                       \
-                     : "=l"(before)                                                                          \
-                     : "l"(address), "l"(value)                                                              \
-                     : "memory");                                                                            \
-      else                                                                                                   \
-        asm volatile("atom." order ".sys.global.add.u64 %0, [%1], %2;"                                       \
-                     : "=l"(before)                                                                          \
-                     : "l"(address), "l"(value)                                                              \
-                     : "memory");                                                                            \
-      return before;                                                                                         \
+  #define FLASHMOE_PTX_ADD(name, order)                                           \
+    template <Scope scope>                                                        \
+    FLASHMOE_FN std::uint32_t name(std::uint32_t* address, std::uint32_t value) { \
+      std::uint32_t before;                                                       \
+      if (scope == Scope::device)                                                 \
+        asm volatile("atom." order ".gpu.global.add.u32 %0, [%1], %2;"            \
+                     : "=r"(before)                                               \
+                     : "l"(address), "r"(value)                                   \
+                     : "memory");                                                 \
+      else                                                                        \
+        asm volatile("atom." order ".sys.global.add.u32 %0, [%1], %2;"            \
+                     : "=r"(before)                                               \
+                     : "l"(address), "r"(value)                                   \
+                     : "memory");                                                 \
+      return before;                                                              \
+    }                                                                             \
+    template <Scope scope>                                                        \
+    FLASHMOE_FN std::uint64_t name(std::uint64_t* address, std::uint64_t value) { \
+      std::uint64_t before;                                                       \
+      if (scope == Scope::device)                                                 \
+        asm volatile("atom." order ".gpu.global.add.u64 %0, [%1], %2;"            \
+                     : "=l"(before)                                               \
+                     : "l"(address), "l"(value)                                   \
+                     : "memory");                                                 \
+      else                                                                        \
+        asm volatile("atom." order ".sys.global.add.u64 %0, [%1], %2;"            \
+                     : "=l"(before)                                               \
+                     : "l"(address), "l"(value)                                   \
+                     : "memory");                                                 \
+      return before;                                                              \
     }
 FLASHMOE_PTX_LOAD(load_relaxed, "relaxed")
 FLASHMOE_PTX_LOAD(load_acquire, "acquire")

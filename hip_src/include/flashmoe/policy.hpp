@@ -146,8 +146,8 @@ struct PickOrder {
   }
 };
 
-//! Rank -> first task of the pick, for a worker that takes ranks one after the other: sizes are worked out once, and
-//! the expert is looked for from where the last pick's was. Needs the plan.
+//! Rank -> first task of the pick, for a worker that takes ranks one after the other: sizes are worked out
+//! once, and the expert is looked for from where the last pick's was. Needs the plan.
 class PickDecoder {
  public:
   FLASHMOE_FN explicit PickDecoder(const PickOrder& order)

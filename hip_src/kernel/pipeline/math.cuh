@@ -25,6 +25,9 @@ class Mathematician {
   __device__ void run() {
     if constexpr (words_mode) load_own_tokens();
     for (;;) {
+      // What is derived from these two is worked out anew for each item: kept over the loop, the addresses of
+      // all kinds of tasks together would not leave registers enough for the products.
+      asm volatile("" : "+r"(lane_), "+r"(warp_));
       group_.wait(group_.item_full(items_.slot), items_.parity);
       if (group_.stopped()) return;
       Item& item = group_.in_shared<Item>(group_.at.items)[items_.slot];
@@ -181,8 +184,8 @@ class Mathematician {
     partials_.advance(2);
   }
 
-  //! Loads 16 bytes of a row for each of this warp's chunks; row nullptr: zeros. unchanging: nobody writes the row during
-  //! the launch, so that L1 may keep it.
+  //! Loads 16 bytes of a row for each of this warp's chunks; row nullptr: zeros. unchanging: nobody writes
+  //! the row during the launch, so that L1 may keep it.
   template <u32 k, bool unchanging>
   __device__ __forceinline__ void load_row(Tokens<units_of<k>, columns>& tokens, u32 j,
                                            const void* row) const {
@@ -190,8 +193,7 @@ class Mathematician {
     for (u32 u = 0; u < units_of<k>; ++u) {
       uint4 value = make_uint4(0, 0, 0, 0);
       const u32 chunk = u * math_warps + warp_;
-      if (row != nullptr && chunk < k / 32)
-        {
+      if (row != nullptr && chunk < k / 32) {
         const uint4* from = static_cast<const uint4*>(row) + chunk * 4 + lane_ % 4;
         value = unchanging ? __ldg(from) : __ldcg(from);
       }
@@ -203,7 +205,8 @@ class Mathematician {
   __device__ void load_own_tokens() {
     const u32 token = lane_ / 4;
     const auto* x = static_cast<const char*>(group_.params.x);
-    load_row<d_model, true>(own_, 0, token < group_.params.num_tokens ? x + u64{token} * d_model * 2 : nullptr);
+    load_row<d_model, true>(own_, 0,
+                            token < group_.params.num_tokens ? x + u64{token} * d_model * 2 : nullptr);
   }
 
   __device__ void up(const Item& item) {

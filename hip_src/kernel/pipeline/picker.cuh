@@ -25,7 +25,8 @@ class Picker {
     while (one_ahead()) {
       if constexpr (traced) ticket_ns_ = clock_ns();
       if (replay) {
-        if (place == params.replay_offset[group_.worker + 1] || params.replay_ids[place] >= graph_.first_up()) break;
+        if (place == params.replay_offset[group_.worker + 1] || params.replay_ids[place] >= graph_.first_up())
+          break;
         hand_on(graph_.decode(params.replay_ids[place++]));
       } else {
         rank = source.next(none);
@@ -74,7 +75,8 @@ class Picker {
     if (params.queue == QueueKind::replay && !group_.stopped()) {
       const u64 digest = plan_digest(graph_.plan.entry_offset, num_experts);
       if (digest != params.replay_digest)
-        group_.give_up(none, EventKind::planned, 0, digest, params.replay_digest, 0, FaultKind::replay_mismatch);
+        group_.give_up(none, EventKind::planned, 0, digest, params.replay_digest, 0,
+                       FaultKind::replay_mismatch);
     }
     return !group_.stopped();
   }
