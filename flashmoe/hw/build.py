@@ -57,8 +57,8 @@ def build_library(model: MoEModel, target: str = "sm_90", *, progress: Callable[
     Raises: ValueError for a shape or target that cannot be done; BuildError when there is no compiler, it fails, or
     the cache cannot be written.
     """
-    compiler = find_compiler(target)
     check_shape(model)
+    compiler = find_compiler(target)
     sources = source_folder()
     flags = [
         "-O3",
