@@ -123,7 +123,7 @@ def _is_whole(library: Path) -> bool:
     try:
         with library.open("rb") as file:
             header = file.read(64)
-    except FileNotFoundError:
+    except OSError:  # missing, as a rule; whatever else it is, writing will tell
         return False
     if len(header) < 64 or header[:4] != b"\x7fELF":
         return False
