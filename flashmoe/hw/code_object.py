@@ -108,6 +108,13 @@ def metadata(code_object: Path) -> list[dict[str, Any]]:
     return kernels
 
 
+def symbols(code_object: Path) -> dict[str, int]:
+    """Addresses of an ELF file's symbols; a kernel's descriptor is one, under its .symbol."""
+    table = _tool("llvm-readelf", "--symbols", "--wide", str(code_object))
+    rows = re.findall(r"^ *\d+: ([0-9a-f]{16}) .* (\S+)$", table, re.M)
+    return {name: int(address, 16) for address, name in rows}
+
+
 def _kernel(said: dict[str, Any], code: dict[str, tuple[Instruction, ...]]) -> Kernel:
     return Kernel(
         name=said[".name"],
