@@ -1,7 +1,7 @@
 """gfx942 machine code on the CPU: a stand-in for the HIP runtime hands launches to an emulator of the instructions.
 
-The emulator is tinygrad's; a folder with its `tinygrad/` and `test/` is given. Work-groups run one after another and there
-are no caches, so it shows arithmetic, indices and control flow, not the order of memory accesses.
+The emulator is tinygrad's; a folder with its `tinygrad/` and `test/` is given. Work-groups run one after another, and
+there are no caches: it shows arithmetic, indices and control flow, not the order of memory accesses.
 """
 
 from __future__ import annotations
