@@ -21,7 +21,9 @@ def test_there_are_headers():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here; any machine with a host compiler runs this")
-@pytest.mark.parametrize("header", HEADERS + ENGINE_HEADERS + ARCH_HEADERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "header", HEADERS + ENGINE_HEADERS + ARCH_HEADERS, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_a_header_compiles_alone(header):
     warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
     include = [f"-I{INCLUDE}", f"-I{ENGINE}"] if header in ENGINE_HEADERS else [f"-I{INCLUDE}"]
