@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 
 from flashmoe.cli.run import TOLERANCE, random_tokens
 from flashmoe.cli.screen import WorkFailed, as_bytes, as_time, print_table, say
-from flashmoe.model import MoEModel
+from flashmoe.hw.build import cache_folder
+from flashmoe.hw.compilers import TARGETS, BuildError, find_compiler
+from flashmoe.hw.memory import layer_memory
+from flashmoe.model import MODEL_PRESETS, MoEModel
 
 _OPTIONAL = {
     "torch": "check against transformers (demo, tests)",
@@ -38,14 +43,24 @@ def doctor() -> None:
         ["compiler", _compiler(), "only to build from source"],
         ["cores", str(num_cores()), f"{platform.machine()}, {platform.system()}"],
         ["memory", _memory(), ""],
+        *([f"for {target}", *_device_compiler(target)] for target in TARGETS),
+        ["libraries", *_libraries()],
+        ["GPUs", ", ".join(_gpus()) or "none", "as the driver lists them"],
     ]
     for package, purpose in _OPTIONAL.items():
         try:
             rows.append([package, metadata.version(package), purpose])
         except metadata.PackageNotFoundError:
             rows.append([package, "not installed", f"optional: {purpose}"])
-    rows.append(["backends", "cpu", "the only one in this version: no code of flashmoe runs on a GPU yet"])
     print_table(["", "", ""], rows, num_names=3)
+    say("")
+    sizes = (1, 64, 1024)
+    say("Memory of a layer on an H200; weights are packed in place. Workspace for so many tokens:", "dim")
+    print_table(
+        ["", "weights", "to pack them", *(f"{n:,}" for n in sizes)],
+        [_layer_memory(name, sizes) for name in MODEL_PRESETS],
+        num_names=1,
+    )
     say("")
     model = MoEModel(d_model=64, d_ff=32, num_experts=8, top_k=2, name="tiny")
     error, makespan_us = _self_test(model)
@@ -71,12 +86,45 @@ def _self_test(model: MoEModel) -> tuple[float, float]:
     return reference.relative_error(result.outputs, wanted), result.trace.makespan_us
 
 
+def _layer_memory(name: str, sizes: tuple[int, ...]) -> list[str]:
+    """A preset's bytes: weights, scratch while packing, and workspace for so many tokens on an H200."""
+    memory = [layer_memory(MoEModel.preset(name), max_tokens) for max_tokens in sizes]
+    return [name, as_bytes(memory[0].weights), as_bytes(memory[0].packing), *(as_bytes(m.workspace) for m in memory)]
+
+
 def _compiler() -> str:
     path = shutil.which(os.environ.get("CXX", "g++"))
     if path is None:
         return "none found"
     done = subprocess.run([path, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False)
     return f"{os.path.basename(path)} {done.stdout.strip()}"
+
+
+def _device_compiler(target: str) -> tuple[str, str]:
+    try:
+        compiler = find_compiler(target)
+    except BuildError as error:
+        return "no compiler", str(error)
+    return compiler.name, compiler.path
+
+
+def _libraries() -> tuple[str, str]:
+    """How many device libraries the cache has, and where it is."""
+    sizes = [file.stat().st_size for file in cache_folder().glob("*.so")]
+    return f"{len(sizes)}, {as_bytes(sum(sizes))}", f"built for a layer's shape at its first use, in {cache_folder()}"
+
+
+def _gpus() -> list[str]:
+    """NVIDIA's by model, AMD's by architecture; from the drivers' files, so that no runtime is needed."""
+    found = []
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        model = re.search(r"^Model:\s*(.+)", file.read_text(), re.M)
+        found.append(model[1] if model else "unknown NVIDIA GPU")
+    for file in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
+        version = re.search(r"^gfx_target_version (\d+)", file.read_text(), re.M)
+        if version and (number := int(version[1])):  # 0: a CPU
+            found.append(f"gfx{number // 10000}{number // 100 % 100}{number % 100:x}")
+    return sorted(found)
 
 
 def _memory() -> str:

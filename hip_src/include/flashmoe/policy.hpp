@@ -33,6 +33,8 @@ struct Policy {
 //! Sort key of an active expert, lower first; ties go by expert id.
 FLASHMOE_FN u32 expert_key(const Plan& plan, const Shape& shape, Order order, u32 pe, u32 local) {
   const u32 total = plan.expert_tokens(local);
+  if (order == Order::phase || order == Order::expert) return local;
+  if (order == Order::lpt) return ~total;
   u32 own = 0, first_met = none;
   for (u32 i = plan.entry_offset[local]; i < plan.entry_offset[local + 1]; ++i) {
     const Entry& entry = plan.entries[i];
@@ -43,24 +45,13 @@ FLASHMOE_FN u32 expert_key(const Plan& plan, const Shape& shape, Order order, u3
     first_met = met < first_met ? met : first_met;
   }
   const u32 own_share = static_cast<u32>((u64{own} << 16) / total);
-  switch (order) {
-    case Order::phase:
-    case Order::expert:
-      return local;
-    case Order::local_first:
-      return (1u << 16) - own_share;
-    case Order::remote_first:
-      return own_share;
-    case Order::lpt:
-      return ~total;
-    case Order::arrival:
-      return first_met;
-  }
-  return local;
+  if (order == Order::local_first) return (1u << 16) - own_share;
+  if (order == Order::remote_first) return own_share;
+  return first_met;  // arrival
 }
 
 //! Sorts the active experts by the order; `key` is scratch [experts_per_pe].
-FLASHMOE_FN void build_sequence(Plan& plan, const Shape& shape, Order order, u32 pe, u32* key) {
+FLASHMOE_FN void build_sequence(const Plan& plan, const Shape& shape, Order order, u32 pe, u32* key) {
   const u32 n = plan.num_active();
   for (u32 i = 0; i < n; ++i) {
     const u32 local = plan.active[i];
@@ -115,17 +106,25 @@ struct PickOrder {
       return index < num_expert_up ? tile_id(graph.first_up(), place, up, index)
                                    : tile_id(graph.first_down(), place, down, index - num_expert_up);
     }
-    if (rank < num_up) {
-      const u32 place = place_of(rank / up);
-      return tile_id(graph.first_up(), place, up, rank - graph.plan.sequence_offset[place] * up);
-    }
+    if (rank < num_up) return up_pick(rank);
     rank -= num_up;
     if (graph.by_rows()) return row_pick(rank);
     const u32 place = place_of(rank / down);
     return tile_id(graph.first_down(), place, down, rank - graph.plan.sequence_offset[place] * down);
   }
 
+  //! Picks that the plan alone makes ready, or lets wait for their inputs themselves: up tasks, and chains.
+  FLASHMOE_FN u32 num_planned() const { return graph.num_up() + (graph.by_rows() ? num_down_picks() : 0); }
+  //! First task of the index-th of them, in the order of their ranks.
+  FLASHMOE_FN u32 planned(u32 index) const {
+    return index < graph.num_up() ? up_pick(index) : row_pick(index - graph.num_up());
+  }
+
  private:
+  FLASHMOE_FN u32 up_pick(u32 index) const {
+    const u32 up = graph.up_per_block(), place = place_of(index / up);
+    return tile_id(graph.first_up(), place, up, index - graph.plan.sequence_offset[place] * up);
+  }
   FLASHMOE_FN u32 place_of(u32 block) const {
     return bucket_of(graph.plan.sequence_offset, graph.plan.num_active(), block);
   }

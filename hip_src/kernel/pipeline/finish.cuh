@@ -1,6 +1,6 @@
-// The finish warps add up the partial sums of a row tile and do what follows
-// (SwiGLU, weights, stores). The signal warp tells the other work-groups: its
-// fences, which wait for all that is under way, hold up nobody else.
+// The finish warps add up the partial sums of a row tile and do what follows (SwiGLU, weights, stores). The
+// signal warp tells the other work-groups: its fences, which wait for all that is under way, hold up nobody
+// else.
 #pragma once
 #include "math.cuh"
 
@@ -38,8 +38,7 @@ class Finisher {
         ++num_tasks_;
       }
       __syncwarp();
-      // release: this warp's stores; the signal warp, which waits for all
-      // finish warps, tells of them
+      // release: this warp's stores; the signal warp, which waits for all finish warps, tells of them
       if constexpr (mode != Mode::words) sm90::arrive_if(group_.item_stored(items_.slot), lane_ == 0);
       sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
       items_.advance(num_items);
@@ -64,8 +63,8 @@ class Finisher {
     return group_.in_shared<float4>(group_.at.partial) +
            ((partials_.slot * math_warps + tile) * groups + j) * 32 + lane_;
   }
-  //! Sum of a row tile over the parts of k, in their order: rows lane/4 and
-  //! lane/4 + 8, columns 2 (lane%4) and the next.
+  //! Sum of a row tile over the parts of k, in their order: rows lane/4 and lane/4 + 8, columns 2 (lane%4)
+  //! and the next.
   __device__ __forceinline__ float4 sum_of(const Split& split, u32 tile, u32 j) const {
     const float4* partial = partial_of(tile, j);
     float4 sum = partial[0];
@@ -115,8 +114,7 @@ class Finisher {
       if constexpr (mode == Mode::words) {
         u64* hidden = group_.in_workspace<u64>(group_.params.layout.hidden);
         const u64 tag = u64{group_.epoch} << 32;
-        // relaxed: the word is the data, and the epoch in it says that it
-        // is there
+        // relaxed: the word is the data, and the epoch in it says that it is there
         if (has0) store_relaxed<Scope::device>(hidden + at0, tag | two0);
         if (has1) store_relaxed<Scope::device>(hidden + at1, tag | two1);
       } else {
@@ -142,8 +140,8 @@ class Finisher {
     end_chain(item);
   }
 
-  //! Adds one expert's rows. Eight rows are always the same warp's: a cell has
-  //! one writer, and the experts' order is fixed.
+  //! Adds one expert's rows. Eight rows are always the same warp's: a cell has one writer, and the experts'
+  //! order is fixed.
   __device__ __forceinline__ void down_rows(const Item& item) {
     const u32 rows = graph_.tiling.down_rows, block_tokens = graph_.tiling.block_tokens;
     const Split split(item.row_tiles);
@@ -183,9 +181,7 @@ class Finisher {
       *reinterpret_cast<u32*>(out_cell(item, token, item.tile * rows + row)) =
           sm90::as_bf16_pair(sums[token * rows + row], sums[token * rows + row + 1]);
     }
-    sm90::named_barrier<finish_barrier,
-                        finish_threads>();  // the sums are cleared for the next
-                                            // chain by all
+    sm90::named_barrier<finish_barrier, finish_threads>();  // the sums are cleared for the next chain by all
   }
 
   //! Unweighted results, for combine.
@@ -227,8 +223,7 @@ class Finisher {
   __device__ __forceinline__ void end_chain(const Item& item) const {
     if (!graph_.tiling.has_combine(graph_.shape)) return;
     sm90::named_barrier<finish_barrier, finish_threads>();
-    // release: the barrier has brought the other warp's stores before this
-    // one's signal
+    // release: the barrier has brought the other warp's stores before this one's signal
     if (warp_ == 0 && lane_ == 0)
       sm90::add_release(group_.template in_workspace<u32>(group_.counters().done) +
                         graph_.tiling.group_of(item.expert));
@@ -253,8 +248,7 @@ class Signaller {
       if (item.kind == ItemKind::end) return;
       group_.wait(group_.item_stored(items_.slot), items_.parity);
       if (group_.stopped()) return;
-      // release at device scope: what the finish warps stored, and handed on
-      // with item_stored
+      // release at device scope: what the finish warps stored, and handed on with item_stored
       if (u32* counter = item.kind == ItemKind::task ? counter_of(item) : nullptr) sm90::add_release(counter);
       sm90::arrive(group_.item_free(items_.slot));
       items_.advance(num_items);

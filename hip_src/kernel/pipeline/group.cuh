@@ -1,5 +1,5 @@
-// One work-group: what its warps share, how they wait for each other and for
-// other work-groups, and how they give up.
+// One work-group: what its warps share, how they wait for each other and for other work-groups, and how they
+// give up.
 #pragma once
 #include "flashmoe/queue.hpp"
 #include "launch.cuh"
@@ -20,8 +20,7 @@ struct Item {
   u32 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
   u32 present;    // words: bit t: token t has this expert
   u32 ready_delta,
-      turn_delta;  // since the ticket: inputs seen complete; the math warps have
-                   // come to the task
+      turn_delta;  // since the ticket: inputs seen complete; the math warps have come to the task
   u64 ticket_ns;
 
   //! When the worker began: it was free, and the inputs were there.
@@ -148,8 +147,7 @@ struct Group {
     report(params.fault, worker, epoch, task_id, Missing{event, index, none, seen, wanted}, waited_ns, kind);
     *stop_flag() = 1;
   }
-  //! One turn of a wait for another work-group; false when the wait is over
-  //! without success.
+  //! One turn of a wait for another work-group; false when the wait is over without success.
   __device__ __forceinline__ bool keep_waiting(u32& turns, u64& since_ns, u32 task_id, EventKind event,
                                                u32 index, u64 seen, u64 wanted) const {
     if ((++turns & 255u) != 0) return true;
@@ -164,12 +162,10 @@ struct Group {
     give_up(task_id, event, index, seen, wanted, now_ns - since_ns);
     return false;
   }
-  //! Waits for other warps. Once the work-group gives up, every wait is over:
-  //! the warps run on to their next look at `stopped`, on garbage that nobody
-  //! will read. So no wait has a result, and the loops of products no branches.
-  //! Who waits for another work-group has a deadline and reports it; the limit
-  //! here (a second or more) is for what should not happen, and told at the end
-  //! of the kernel.
+  //! Waits for other warps. Once the work-group gives up, every wait is over: the warps run on to their next
+  //! look at `stopped`, on garbage that nobody will read. So no wait has a result, and the loops of products
+  //! no branches. Who waits for another work-group has a deadline and reports it; the limit here (a second or
+  //! more) is for what should not happen, and told at the end of the kernel.
   __device__ __forceinline__ void wait(u32 barrier_address, u32 parity) const {
     u32 turns = 0;
     while (!sm90::phase_is_over(barrier_address, parity)) {

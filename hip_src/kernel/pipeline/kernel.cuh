@@ -1,6 +1,6 @@
-// The pipelined kernel: a work-group is a worker. One warp picks tasks, one
-// streams their weights, four load tokens, eight multiply, two finish; they
-// hand work on through shared memory and never wait for a whole work-group.
+// The pipelined kernel: a work-group is a worker. One warp picks tasks, one streams their weights, four load
+// tokens, eight multiply, two finish; they hand work on through shared memory and never wait for a whole
+// work-group.
 #pragma once
 #include "finish.cuh"
 #include "loader.cuh"
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
       sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
   }
   sm90::wait_for_launch_before();
-  // relaxed: the launch before has ended. On its way while the first task
-  // begins: only what tells others needs it.
+  // relaxed: the launch before has ended. On its way while the first task begins: only what tells others
+  // needs it.
   group.epoch = load_relaxed<Scope::device>(group.in_workspace<u32>(params.layout.epoch) + group.worker) + 1;
   if (traced && threadIdx.x == 0) params.logs[group.worker].begin_ns = clock_ns();
   __syncthreads();
@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   if (warp < math_warps) {
     Mathematician<groups, mode, traced>(group, graph).run();
   } else if (warp < R::pick) {
-    if (group.worker + 1 == params.num_workers) {  // the idle half of the counters, for the next
-                                                   // launch
+    if (group.worker + 1 == params.num_workers) {  // the idle half of the counters, for the next launch
       const Counters& idle = params.layout.counters[(group.epoch + 1) % 2];
       const u32 first = threadIdx.x - math_threads;
       for (u64 offset = idle.begin + first * 16; offset < idle.end; offset += R::finish_threads * 16)

@@ -1,6 +1,6 @@
-// What the pipelined kernel is told, and where its state lies. One PE, bf16,
-// the shape fixed at compile time.
+// What the pipelined kernel is told, and where its state lies. One PE, bf16, the shape fixed at compile time.
 #pragma once
+#include "built_shape.hpp"
 #include "flashmoe/fault.hpp"
 #include "flashmoe/layout.hpp"
 #include "flashmoe/policy.hpp"
@@ -8,15 +8,12 @@
 
 namespace flashmoe::pipeline {
 
-// the shape that this library was built for
-constexpr u32 d_model = FLASHMOE_D_MODEL, d_ff = FLASHMOE_D_FF, num_experts = FLASHMOE_NUM_EXPERTS,
-              top_k = FLASHMOE_TOP_K;
-constexpr bool norm_topk = FLASHMOE_NORM_TOPK != 0;
+using namespace built;  // the shape that this library was built for
 
 //! How rows and results travel, by what the tokens are few or many enough for.
 enum class Mode : u32 {
-  words,  // at most 8 tokens, down by rows: hidden rows as words that carry
-          // their epoch, one sum over all experts
+  words,  // at most 8 tokens, down by rows: hidden rows as words that carry their epoch, one sum over all
+          // experts
   rows,   // down by rows: an expert's rows added to sums in shared memory
   tiles,  // down by tile: results in memory, then combine
 };
@@ -27,9 +24,9 @@ FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
   return num_tokens <= max_words_tokens ? Mode::words : Mode::rows;
 }
 
-// --- the work-group: 16 warps. 8 multiply, one takes picks, one streams
-// weights; the others by mode: words are polled, which takes many loads at
-// once; where rows are many, their stores and the fences after them take time.
+// --- the work-group: 16 warps. 8 multiply, one takes picks, one streams weights; the others by mode: words
+// are polled, which takes many loads at once; where rows are many, their stores and the fences after them
+// take time.
 constexpr u32 math_warps = 8, num_threads = 512, math_threads = 32 * math_warps;
 template <Mode mode>
 struct Roles {
@@ -41,16 +38,12 @@ struct Roles {
   static_assert(32 * (signal + signal_warps) == num_threads);
 };
 
-// --- the ring. Weights come in chunks of 16 rows x 32 k. A slot holds the same
-// k of all row tiles of a task, 3 chunks for each math warp, and the tokens'
-// elements of that k.
-constexpr u32 chunk_k = 32, chunk_bytes = 1024;
+// --- the ring. Weights come in chunks of 16 rows x 32 k. A slot holds the same k of all row tiles of a task,
+// 3 chunks for each math warp, and the tokens' elements of that k.
 constexpr u32 warp_chunks = 3, slot_chunks = warp_chunks * math_warps,
               weight_bytes = slot_chunks * chunk_bytes;
-constexpr u32 up_tile_bytes = 16 * d_model * 2, down_tile_bytes = 16 * d_ff * 2;
 
-//! How a slot is shared out when a task has so many row tiles: a warp has one
-//! of them, and a part of k.
+//! How a slot is shared out when a task has so many row tiles: a warp has one of them, and a part of k.
 struct Split {
   u32 log_tiles;  // row tiles, rounded up to 1, 2, 4 or 8
 
@@ -64,9 +57,8 @@ struct Split {
   FLASHMOE_FN u32 tile_chunks() const { return slot_chunks >> log_tiles; }  // of a row tile in a slot
   FLASHMOE_FN u32 slot_k() const { return tile_chunks() * chunk_k; }
   FLASHMOE_FN u32 num_slots(u32 k) const { return ceil_div(k, slot_k()); }
-  //! Bytes from token to token in a slot: 64 more than a multiple of 128, so
-  //! that the 8 lanes that the shared memory serves at once (2 tokens, 64 bytes
-  //! of each) find 8 different groups of banks.
+  //! Bytes from token to token in a slot: 64 more than a multiple of 128, so that the 8 lanes that the shared
+  //! memory serves at once (2 tokens, 64 bytes of each) find 8 different groups of banks.
   FLASHMOE_FN u32 pitch_bytes() const {
     const u32 bytes = slot_k() * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;
@@ -77,8 +69,7 @@ constexpr u32 logit_replicas = 8;
 constexpr u32 sizeof_item = 64;
 constexpr u32 num_items = 8;  // tasks between the picking thread and the others
 
-//! A tiling of powers of two, as their logarithms: what is divided by them is
-//! shifted.
+//! A tiling of powers of two, as their logarithms: what is divided by them is shifted.
 struct LogTiling {
   u32 gate_tokens, gate_experts, up_rows, down_rows, block_tokens, combine_tokens;
   u32 experts_per_pick;
@@ -113,14 +104,12 @@ struct LogTiling {
 };
 
 struct Counters {
-  u64 heads, upped, done;  // tickets by domain; [max_blocks] up tasks; [groups]
-                           // or [experts] down tasks
+  u64 heads, upped, done;  // tickets by domain; [max_blocks] up tasks; [groups] or [experts] down tasks
   u64 begin, end;
 };
 
 struct Layout {
-  Counters counters[2];  // by parity of the epoch; the idle half is zeroed while
-                         // the other is in use
+  Counters counters[2];  // by parity of the epoch; the idle half is zeroed while the other is in use
   u64 epoch;             // [num_workers] last epoch that each worker has ended
   u64 logits;            // tagged words [replica][token][expert]
   u64 routing;           // tagged words [token][k]
@@ -182,8 +171,7 @@ struct Params {
 //! What lies where in shared memory, from its start.
 struct SharedLayout {
   u32 ring, slot_bytes, partial, sums, weights, entries, plan, items, barriers, scratch;
-  u32 topk, mask, before,
-      key;  // while the plan is made; in the ring, which is empty then
+  u32 topk, mask, before, key;  // while the plan is made; in the ring, which is empty then
   u32 bytes;
 
   //! `groups`: most groups of 8 tokens in a block.

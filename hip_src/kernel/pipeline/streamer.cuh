@@ -1,5 +1,4 @@
-// The streaming warp: asks for the weights of the items in turn, as far ahead
-// as the ring has room.
+// The streaming warp: asks for the weights of the items in turn, as far ahead as the ring has room.
 #pragma once
 #include "group.cuh"
 
@@ -34,8 +33,7 @@ class Streamer {
   }
 
  private:
-  //! Row tiles of 16 rows x k, one after the other in memory; a lane copies its
-  //! tile's part of a slot.
+  //! Row tiles of 16 rows x k, one after the other in memory; a lane copies its tile's part of a slot.
   template <u32 k>
   __device__ __forceinline__ void stream(const char* tiles, u32 row_tiles) {
     const Split split(row_tiles);
@@ -56,8 +54,7 @@ class Streamer {
     }
   }
 
-  //! The copies under way write this work-group's shared memory: it must not
-  //! end before them.
+  //! The copies under way write this work-group's shared memory: it must not end before them.
   __device__ void wait_for_copies() const {
     const u32 slots = group_.params.ring_slots;
     for (u32 slot = 0; slot < slots && slot < num_slots_; ++slot) {

@@ -1,0 +1,179 @@
+// The pipelined kernel: its instances, and their launches.
+#include <vector>
+
+#include "layer.hpp"
+#include "pipeline/kernel.cuh"
+
+namespace flashmoe::pipeline {
+
+namespace {
+
+using Kernel = void (*)(Params);
+struct Instance {
+  Kernel kernel, traced;
+  u32 groups;  // of 8 tokens in a block
+  Mode mode;
+  const char* name;
+};
+template <u32 groups, Mode mode>
+Instance instance(const char* name) {
+  return Instance{moe_layer<groups, mode, false>, moe_layer<groups, mode, true>, groups, mode, name};
+}
+// The first that fits is taken.
+const Instance instances[] = {
+    instance<1, Mode::words>("pipeline, words"),
+    instance<2, Mode::rows>("pipeline, rows, blocks of 16"),
+    instance<4, Mode::rows>("pipeline, rows, blocks of 32"),
+    instance<2, Mode::tiles>("pipeline, tiles, blocks of 16"),
+    instance<4, Mode::tiles>("pipeline, tiles, blocks of 32"),
+    instance<8, Mode::tiles>("pipeline, tiles, blocks of 64"),
+};
+const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
+  const Mode mode = mode_of(tiling, num_tokens);
+  for (const Instance& i : instances)
+    if (i.mode == mode && (mode == Mode::words || tiling.block_tokens <= 8 * i.groups)) return i;
+  return instances[0];  // refused when the layer was made
+}
+
+//! More bytes in flight than the memory needs only queue in front of everything else.
+constexpr u32 ring_slots(Mode mode) { return mode == Mode::words ? 3 : 4; }
+
+u32 shared_bytes(const Tiling& tiling, u32 num_tokens) {
+  const Instance& chosen = instance_for(tiling, num_tokens);
+  return SharedLayout::of(tiling, num_tokens, ring_slots(chosen.mode), chosen.groups, chosen.mode).bytes;
+}
+constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
+
+Shape shape_on_one_pe() {
+  return Shape{d_model, d_ff, num_experts, top_k, 1, norm_topk ? 1u : 0u, DType::bf16};
+}
+
+struct Layer : FlashmoeLayer {
+  Layout layout;
+  DeviceMemory workspace, report, records, logs;
+
+  int create(const FlashmoeDevice& device) override {
+    num_workers = config.num_workers == 0 ? device.num_cus : config.num_workers;
+    if (num_workers > device.num_cus)
+      return fail("%u workers (the card has %u SMs, and all workers must run at once)", num_workers,
+                  device.num_cus);
+    layout = Layout::of(shape_on_one_pe(), tiling, config.max_tokens, num_workers, config.num_domains);
+    if (workspace.allocate(layout.bytes, "workspace") ||
+        report.allocate(sizeof(FaultReport), "fault report") ||
+        records.allocate(u64{num_workers} * config.trace_capacity * sizeof(TraceRecord), "trace") ||
+        logs.allocate(num_workers * sizeof(WorkerLog), "trace"))
+      return 1;
+    for (const Instance& i : instances) {
+      for (Kernel kernel : {i.kernel, i.traced}) {
+        if (check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(most_shared_bytes)),
+                  "shared memory"))
+          return 1;
+      }
+    }
+    return 0;
+  }
+
+  u64 workspace_bytes() const override { return workspace.bytes() + report.bytes() + records.bytes(); }
+  const char* kernel_name() const override { return instance_for(tiling, config.max_tokens).name; }
+
+  int launch(const FlashmoeInput& input, Stream stream) override {
+    const u32 num_tokens = input.num_tokens[0];
+    if (num_tokens == 0) return 0;
+    const Instance& chosen = instance_for(tiling, num_tokens);
+    Params p{};
+    p.cut = LogTiling::of(tiling);
+    p.queue = static_cast<QueueKind>(config.queue);
+    p.order = static_cast<Order>(config.order);
+    p.layout = layout;
+    p.workspace = workspace.as<>();
+    p.x = input.x_device[0];
+    p.out = input.out_device[0];
+    p.gate = weights.gate_device;
+    p.gate_up = weights.gate_up_device;
+    p.down = weights.down_device;
+    p.given_idx = input.topk_idx_device[0];
+    p.given_weights = input.topk_weights_device[0];
+    p.replay_offset = input.replay_offset_device[0];
+    p.replay_ids = input.replay_ids_device[0];
+    p.replay_digest = input.replay_digest[0];
+    p.num_tokens = num_tokens;
+    p.num_workers = num_workers;
+    p.num_domains = config.num_domains;
+    p.deadline_ns = config.deadline_ns;
+    p.fault = fault();
+    p.records = records.as<TraceRecord>();
+    p.logs = logs.as<WorkerLog>();
+    p.trace_capacity = config.trace_capacity;
+    p.ring_slots = ring_slots(chosen.mode);
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(num_workers);
+    launch.blockDim = dim3(num_threads);
+    launch.dynamicSmemBytes = shared_bytes(tiling, num_tokens);
+    launch.stream = stream;
+    launch.attrs = &overlap;
+    launch.numAttrs = 1;
+    return check(cudaLaunchKernelEx(&launch, config.trace_capacity > 0 ? chosen.traced : chosen.kernel, p),
+                 "launch");
+  }
+
+  FaultReport* fault() const override { return report.as<FaultReport>(); }
+  int reset() override { return workspace.zero("workspace"); }
+
+  int routing(u32, std::int32_t* topk_idx, float* topk_weights) const override {
+    const u64 pairs = u64{last_num_tokens[0]} * top_k;
+    return flashmoe_copy(topk_idx, workspace.as<>() + layout.topk_idx, pairs * 4) ||
+           flashmoe_copy(topk_weights, workspace.as<>() + layout.topk_weights, pairs * 4);
+  }
+
+  int trace(u32, u32 worker, TraceRecord* mine, u32* size, u32* drops) const override {
+    const u32 capacity = config.trace_capacity;
+    std::vector<WorkerLog> log(num_workers);
+    if (flashmoe_copy(log.data(), logs.as<>(), log.size() * sizeof log[0]) ||
+        flashmoe_copy(mine, records.as<TraceRecord>() + u64{worker} * capacity,
+                      u64{capacity} * sizeof(TraceRecord)))
+      return 1;
+    u64 first = log[0].begin_ns;
+    for (const WorkerLog& each : log) first = each.begin_ns < first ? each.begin_ns : first;
+    const u32 tasks = static_cast<u32>(log[worker].num_tasks);
+    *size = tasks < capacity ? tasks : capacity;
+    *drops = tasks - *size;
+    for (u32 i = 0; i < *size; ++i) mine[i].start_ns -= first;
+    return 0;
+  }
+};
+
+}  // namespace
+
+int refuse(const FlashmoeConfig& c, const Tiling& t) {
+  if (c.num_pes != 1) return fail("%u PEs on one card (the pipelined kernel does 1)", c.num_pes);
+  if (c.max_tokens > 1024) return fail("max_tokens=%u (accepted: 0..1024)", c.max_tokens);
+  if (static_cast<QueueKind>(c.queue) == QueueKind::push)
+    return fail("queue push (the pipelined kernel does ticket, domain, static and replay)");
+  if (t.granularity != Granularity::tile)
+    return fail("granularity 'token' (the pipelined kernel does 'tile')");
+  if (!LogTiling::fits(t)) return fail("tiling (the pipelined kernel does powers of two)");
+  if (t.up_rows < 8 || t.up_rows > 64) return fail("up_rows=%u (the pipelined kernel does 8..64)", t.up_rows);
+  if (t.down_rows < 16 || t.down_rows > 128)
+    return fail("down_rows=%u (the pipelined kernel does 16..128)", t.down_rows);
+  const u32 most_tokens = t.down == Down::rows ? 32 : 64;
+  if (t.block_tokens > most_tokens)
+    return fail("block_tokens=%u (the pipelined kernel does 1..%u)", t.block_tokens, most_tokens);
+  if (t.down == Down::rows && t.groups(shape_on_one_pe()) > 32)
+    return fail("experts_per_pick=%u (the pipelined kernel does up to 32 groups)", t.experts_per_pick);
+  for (u32 tokens : {c.max_tokens, c.max_tokens < max_words_tokens ? c.max_tokens : max_words_tokens}) {
+    const u32 bytes = shared_bytes(t, tokens);
+    if (bytes > most_shared_bytes)
+      return fail("%u tokens need %u bytes of shared memory (the pipelined kernel has %u)", tokens, bytes,
+                  most_shared_bytes);
+  }
+  return 0;
+}
+
+FlashmoeLayer* make_layer() { return new Layer; }
+
+}  // namespace flashmoe::pipeline
