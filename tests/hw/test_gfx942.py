@@ -91,6 +91,10 @@ OPERATIONS = {
         ["global_load_dword sc0 sc1", "s_waitcnt vmcnt(0)", "buffer_inv sc0 sc1"],
     ),
     "store_relaxed_system": ("store_relaxed<Scope::system>(word, 1u)", ["global_store_dword sc0 sc1"]),
+    "store_release_after_all_stores": (
+        "store_release<Scope::device>(word, 1u)",
+        ["buffer_wbl2 sc1", "s_waitcnt vmcnt(0)", "global_store_dword sc1"],
+    ),
     "store_release_device": (
         "*out = 2; store_release<Scope::device>(word, 1u)",
         ["global_store_dword", "buffer_wbl2 sc1", "s_waitcnt vmcnt(0)", "global_store_dword sc1"],
@@ -210,7 +214,7 @@ class Flow:
 
 @pytest.mark.parametrize("name", GENERAL)
 def test_every_wave_releases_its_stores_before_the_barrier_that_ends_a_command(kernels, name) -> None:
-    """A command begins with an acquire. No way leads there, or out, from a store that was not released and waited for."""
+    """A command begins with an acquire. No way leads there, or out, from a store that was not released."""
     flow = Flow(kernels[name])
     loop = flow.crew_loop()
     assert sum(i.name.startswith("v_mfma") for i in flow.code) == sum(
