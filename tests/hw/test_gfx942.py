@@ -176,73 +176,73 @@ def test_an_acquire_comes_after_the_loads_before_it(kernels: dict[str, Kernel], 
         assert drains(before), f"{name}: at {code[n].address:#x}"
 
 
-class Flow:
-    """Which instruction may follow which."""
+class Crew:
+    """The loop around the matrix instructions: waves that take commands at a barrier and work them off.
+
+    begins, ends: the acquires and releases for all PEs, with which a command begins and ends.
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self.code = kernel.code
         place = {instruction.address: n for n, instruction in enumerate(self.code)}
-        self.next: list[list[int]] = [[] for _ in self.code]
-        self.previous: list[list[int]] = [[] for _ in self.code]
+        self._next: list[list[int]] = [[] for _ in self.code]
+        previous: list[list[int]] = [[] for _ in self.code]
         for n, instruction in enumerate(self.code):
             if instruction.target is not None:
-                self.next[n].append(place[instruction.target])
-            if instruction.name not in ("s_branch", "s_endpgm"):
-                self.next[n].append(n + 1)
-        for n, followers in enumerate(self.next):
-            for follower in followers:
-                self.previous[follower].append(n)
+                self._next[n].append(place[instruction.target])
+            if instruction.name not in ("s_branch", "s_endpgm") and n + 1 < len(self.code):
+                self._next[n].append(n + 1)
+            for follower in self._next[n]:
+                previous[follower].append(n)
+        mfma = {n for n, instruction in enumerate(self.code) if instruction.name.startswith("v_mfma")}
+        first = {min(mfma)}
+        self._loop = _closure(first, self._next) & _closure(first, previous)
+        assert mfma <= self._loop
+        self.begins, self.ends = (
+            {n for n in self.named(name) if self.code[n].scope == "system"} for name in ("buffer_inv", "buffer_wbl2")
+        )
+        assert self.begins and self.ends
 
-    def reached(
-        self, starts: Iterable[int], neighbours: list[list[int]], stop: Callable[[int], bool] = lambda n: False
-    ) -> set[int]:
-        """Where one gets from starts; nobody goes on from where `stop` is true."""
-        seen, todo = set(starts), list(starts)
-        while todo:
-            n = todo.pop()
-            if not stop(n):
-                new = [m for m in neighbours[n] if m not in seen]
-                seen.update(new)
-                todo += new
-        return seen
+    def named(self, *beginnings: str) -> set[int]:
+        """Instructions of the loop whose names begin so."""
+        return {n for n in self._loop if self.code[n].name.startswith(beginnings)}
 
-    def crew_loop(self) -> set[int]:
-        """The loop around the matrix instructions: waves that take commands at a barrier and work them off."""
-        mfma = next(n for n, instruction in enumerate(self.code) if instruction.name.startswith("v_mfma"))
-        return self.reached([mfma], self.next) & self.reached([mfma], self.previous)
+    def reached(self, starts: Iterable[int], stop: Callable[[int], bool]) -> set[int]:
+        """Where one gets from starts, in the loop or out of it; nobody goes on from where `stop` is true."""
+        first = {m for n in starts for m in self._next[n]}
+        return _closure(first, self._next, stop)
 
 
-@pytest.mark.parametrize("name", GENERAL)
-def test_every_wave_releases_its_stores_before_the_barrier_that_ends_a_command(kernels, name) -> None:
-    """A command begins with an acquire. No way leads there, or out, from a store that was not released."""
-    flow = Flow(kernels[name])
-    loop = flow.crew_loop()
-    assert sum(i.name.startswith("v_mfma") for i in flow.code) == sum(
-        flow.code[n].name.startswith("v_mfma") for n in loop
-    )
-    begins = [n for n in loop if flow.code[n].name == "buffer_inv"]
-    releases = [n for n in loop if flow.code[n].name == "buffer_wbl2"]
-    assert begins and releases
-    assert {flow.code[n].scope for n in begins + releases} == {"system"}  # tokens of other PEs are read and written
-    stores = [n for n in loop if re.match(r"(global|flat)_store", flow.code[n].name)]
+def _closure(starts: set[int], neighbours: list[list[int]], stop: Callable[[int], bool] = lambda n: False) -> set[int]:
+    seen, todo = set(starts), list(starts)
+    while todo:
+        n = todo.pop()
+        new = [] if stop(n) else [m for m in neighbours[n] if m not in seen]
+        seen.update(new)
+        todo += new
+    return seen
+
+
+@pytest.fixture(scope="module", params=GENERAL)
+def crew(request: pytest.FixtureRequest, kernels: dict[str, Kernel]) -> Crew:
+    return Crew(kernels[request.param])
+
+
+def test_every_wave_releases_its_stores_before_the_barrier_that_ends_a_command(crew: Crew) -> None:
+    """No way leads from a store to the next command, or out, that does not pass a release and then a barrier."""
+    stores = [n for n in crew.named("global_store", "flat_store") if crew.code[n].scope == "wave"]
     assert stores
-    unreleased = flow.reached(stores, flow.next, stop=lambda n: flow.code[n].name == "buffer_wbl2")
-    assert unreleased.isdisjoint(begins)
-    assert not any(flow.code[n].name == "s_endpgm" for n in unreleased)
-    # after a release comes a barrier before the next command
-    unmet = flow.reached(releases, flow.next, stop=lambda n: flow.code[n].name == "s_barrier")
-    assert unmet.isdisjoint(begins)
+    unreleased = crew.reached(stores, stop=crew.ends.__contains__)
+    assert unreleased.isdisjoint(crew.begins)
+    assert not any(crew.code[n].name == "s_endpgm" for n in unreleased)
+    unmet = crew.reached(crew.ends, stop=crew.named("s_barrier").__contains__)
+    assert unmet.isdisjoint(crew.begins)
 
 
-@pytest.mark.parametrize("name", GENERAL)
-def test_every_wave_acquires_before_it_reads_for_a_command(kernels, name) -> None:
+def test_every_wave_acquires_before_it_reads_for_a_command(crew: Crew) -> None:
     """Between the release that ends a command and the acquire that begins the next, a wave reads LDS alone."""
-    flow = Flow(kernels[name])
-    loop = flow.crew_loop()
-    releases = [n for n in loop if flow.code[n].name == "buffer_wbl2"]
-    between = flow.reached(releases, flow.next, stop=lambda n: flow.code[n].name == "buffer_inv")
-    loads = [flow.code[n] for n in between & loop if re.match(r"(global|flat)_load", flow.code[n].name)]
-    assert loads == []
+    between = crew.reached(crew.ends, stop=crew.begins.__contains__)
+    assert between.isdisjoint(crew.named("global_load", "flat_load"))
 
 
 # ---- the page
