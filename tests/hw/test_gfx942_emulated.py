@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from layers import tokens
 
-from flashmoe import MoEModel, Policy, Routing, Tiling, Weights, reference, run, simulate
+from flashmoe import Layer, MoEModel, Policy, Routing, Tiling, Weights, reference, run, simulate
+from flashmoe.hw.device import DeviceLayer
 
 FOLDER = os.environ.get("FLASHMOE_GFX942_EMULATOR")
 pytestmark = pytest.mark.skipif(
@@ -81,6 +82,18 @@ def test_queues_and_orders(policy: str) -> None:
 @pytest.mark.parametrize("count", [0, 1, 17])
 def test_odd_numbers_of_tokens_and_sizes(count: int, tiling: str) -> None:
     check(OTHER, count, "ticket", TILINGS[tiling])
+
+
+def test_the_kernel_without_trace_points() -> None:
+    weights, x = Weights.random(SMALL, seed=1), tokens(SMALL, [5], seed=1)
+    layers = (
+        kind(SMALL, weights, ep_size=1, max_tokens=5, workers=1, policy="ticket", **how)
+        for kind, how in ((Layer, {}), (DeviceLayer, {"backend": "hip", "trace": False}))
+    )
+    cpu, gfx942 = (layer(x) for layer in layers)
+    assert len(gfx942.trace.records) == 0
+    np.testing.assert_array_equal(gfx942.routing.topk_idx[0], cpu.routing.topk_idx[0])
+    assert reference.relative_error(gfx942.outputs, cpu.outputs) < 2**-7
 
 
 def test_routing_from_outside_with_dropped_choices() -> None:
