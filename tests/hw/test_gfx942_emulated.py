@@ -30,14 +30,15 @@ TILINGS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulator() -> Iterator[Any]:
+def emulator() -> Iterator[None]:
     from hw.emulator.gfx942 import Emulator
 
     assert FOLDER is not None
     emulator = Emulator(Path(FOLDER))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flashmoe.hw.library.check_driver", lambda backend: None)  # the stand-in is the driver
-        yield emulator
+        yield
+    del emulator  # here and not before: kernels are launched on it
 
 
 def check(

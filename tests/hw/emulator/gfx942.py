@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ _USER_SGPRS = {
     "private_segment_size": 1,
 }
 
-
 _TICKS = np.zeros(1, np.uint32)  # of the emulated clock
 
 
@@ -53,7 +53,6 @@ class Emulator:
         self._instructions: Any = importlib.import_module("test.mockgpu.amd.emu")
         _teach_cdna3(self._instructions)
         self._kernels: dict[tuple[int, str], _Kernel] = {}  # by module and name
-        self.failure: Exception | None = None
         self._listeners = _ON_LOAD(self._on_load), _ON_LAUNCH(self._on_launch)
         self._runtime = _build_stand_in()
         self._runtime.emulator_listen(*self._listeners)
@@ -72,8 +71,8 @@ class Emulator:
         kernel = self._kernels[module, name.decode()]
         try:
             kernel.run(self._instructions.run_asm, sizes[:3], sizes[3:6], arguments, lds_bytes)
-        except Exception as failure:  # C cannot pass it on
-            self.failure = failure
+        except Exception:  # C cannot pass it on
+            traceback.print_exc()
             return 1
         return 0
 
