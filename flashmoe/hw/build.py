@@ -103,7 +103,9 @@ def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> 
     jobs = [[compiler.path, *flags, "-c", str(file), "-o", str(o)] for file, o in zip(files, objects, strict=True)]
     with ThreadPoolExecutor() as pool:
         said = list(pool.map(_call, jobs))
-    said.append(_call([compiler.path, "-shared", *map(str, objects), *compiler.link_flags, "-o", str(made)]))
+    # -z defs: a function that is missing is an error now, not when the library is loaded
+    linked = [compiler.path, "-shared", "-Xlinker", "-z", "-Xlinker", "defs", *map(str, objects), *compiler.link_flags]
+    said.append(_call([*linked, "-o", str(made)]))
     return "".join(said)
 
 

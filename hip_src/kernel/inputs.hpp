@@ -21,25 +21,31 @@ class Inputs {
 
   //! True when the PE knows its tokens per expert. The first worker to find all inputs there builds the plan.
   FLASHMOE_FN bool has_plan(Missing& missing) {
-    if (planned_) return true;
+    if (sees_plan(missing)) return true;
+    if (missing.seen != none_yet || !everything_landed(missing)) return false;
     u32* state = view_.at<u32>(view_.counters.plan_state);
-    constexpr u32 building = 1, ready = 2;
-    // acquire: pairs with the release by the plan's builder. System scope, though both are on this PE: it
-    // hands on what the builder acquired from other PEs, and rows that came over a link are read by workers
-    // of every cache.
-    u32 seen = load_acquire<Scope::system>(state);
-    if (seen == 0 && everything_landed(missing) && compare_swap_acquire<Scope::system>(state, 0u, building)) {
-      make_plan();
-      if (watchdog_.stopped()) return false;
-      store_release<Scope::system>(state, ready);  // release: others read the plan's arrays
-      seen = ready;
-    }
-    planned_ = seen == ready;
-    if (seen == building) missing = Missing{EventKind::planned, 0, view_.pe, building, ready};
-    return planned_;
+    if (!compare_swap_acquire<Scope::system>(state, none_yet, building)) return false;  // somebody else does
+    make_plan();
+    if (watchdog_.stopped()) return false;
+    store_release<Scope::system>(state, ready);  // release: others read the plan's arrays
+    return planned_ = true;
   }
 
  private:
+  static constexpr u32 none_yet = 0, building = 1, ready = 2;  // states of the plan
+
+  //! As has_plan, but builds nothing.
+  FLASHMOE_FN bool sees_plan(Missing& missing) {
+    if (planned_) return true;
+    // acquire: pairs with the release by the plan's builder. System scope, though both are on this PE: it
+    // hands on what the builder acquired from other PEs, and rows that came over a link are read by workers
+    // of every cache.
+    const u32 seen = load_acquire<Scope::system>(view_.at<u32>(view_.counters.plan_state));
+    planned_ = seen == ready;
+    if (!planned_) missing = Missing{EventKind::planned, 0, view_.pe, seen, ready};
+    return planned_;
+  }
+
   FLASHMOE_FN bool has_happened(Event event, Missing& missing) {
     switch (event.kind) {
       // Acquire on each: pairs with the acq_rel additions of the tasks that made the input.
@@ -51,8 +57,8 @@ class Inputs {
       case EventKind::upped:
         return reached(view_.at<u32>(view_.counters.upped) + event.index, view_.graph.up_per_block(), event,
                        missing);
-      case EventKind::planned:
-        return has_plan(missing);
+      case EventKind::planned:  // tasks of this stage are known only where there is a plan
+        return sees_plan(missing);
       case EventKind::result: {
         // acquire at system scope: pairs with the publish of the results' maker, on whatever PE
         const u64 word = load_acquire<Scope::system>(view_.heap(view_.pe).result(event.index));
@@ -97,8 +103,9 @@ class Inputs {
                              Missing{EventKind::planned, 0, src, rows, told}, 0);
     }
     math_.plan(view_);
+    if (view_.launch.policy.queue != QueueKind::replay) return;
     const u64 digest = plan_digest(view_.graph.plan.entry_offset, view_.graph.plan.num_local);
-    if (view_.launch.policy.queue == QueueKind::replay && digest != view_.own.replay_digest) {
+    if (digest != view_.own.replay_digest) {
       watchdog_.raise(FaultKind::replay_mismatch, none,
                       Missing{EventKind::planned, 0, none, digest, view_.own.replay_digest}, 0);
     }

@@ -9,8 +9,8 @@ namespace flashmoe {
 
 //! A pick in a worker's hands.
 struct Held {
-  u32 rank;  // in the policy's order; for replay the place in the worker's list
-  u32 id;    // none while the plan is not there
+  u32 rank;   // in the policy's order; for replay the place in the worker's list
+  Task task;  // the pick's first; its id is none while the plan is not there
   u64 ticket_ns;
   u32 flags;
 };
@@ -94,13 +94,13 @@ class Worker {
         const Held pick = held[ready];
         drop(ready);
         watchdog_.reset();
-        run_pick(pick.id, pick.ticket_ns,
+        run_pick(pick.task, pick.ticket_ns,
                  static_cast<u16>(pick.flags | (ready > 0 ? trace_out_of_order : 0)));
         continue;
       }
       if (!exhausted &&
           (count == 0 || (count <= view_.launch.policy.look_ahead && waits_for_own_pe(held[0])))) {
-        Held pick{none, none, now(), 0};
+        Held pick{none, Task{none, TaskKind::gate, none, none, none, 0, 0, none}, now(), 0};
         if (view_.launch.policy.queue == QueueKind::replay) {
           const u32 place = view_.own.replay_offset[worker_] + replay_turn;
           if (place < view_.own.replay_offset[worker_ + 1]) {
@@ -122,12 +122,12 @@ class Worker {
       // dispatches of all PEs could run two ahead of a slow PE, into buffers that this one still reads.
       if (count == 0 && inputs_.has_plan(missing)) return;
       for (u32 i = 0; i < count; ++i) held[i].flags |= trace_waited;
-      watchdog_.keep_waiting(count == 0 ? none : held[0].id, missing);
+      watchdog_.keep_waiting(count == 0 ? none : held[0].task.id, missing);
     }
   }
 
   FLASHMOE_FN bool waits_for_own_pe(const Held& held) const {
-    return held.id != none && flashmoe::waits_for_own_pe(view_.graph.decode(held.id).kind);
+    return held.task.id != none && flashmoe::waits_for_own_pe(held.task.kind);
   }
 
   //! Decodes the pick as soon as that is possible. Leaves rank none when there is no such pick.
@@ -135,7 +135,7 @@ class Worker {
   //! could not run the others, and one of them (an older one, or one stolen from another domain) may make
   //! what the chain lacks.
   FLASHMOE_FN bool is_ready(Held& held, bool alone, RankSource& source, Missing& missing) {
-    if (held.id == none) {
+    if (held.task.id == none) {
       const bool replay = view_.launch.policy.queue == QueueKind::replay;
       const u32 early = PickOrder(view_.graph, view_.launch.policy.order).num_early();
       const bool stage_a =
@@ -146,12 +146,14 @@ class Worker {
         if (source.is_away()) held.flags |= trace_stolen;
       }
       if (held.rank == none) return false;
-      held.id = replay ? view_.own.replay_ids[held.rank]
-                       : PickOrder(view_.graph, view_.launch.policy.order)[held.rank];
+      held.task = view_.graph.decode(replay ? view_.own.replay_ids[held.rank]
+                                            : PickOrder(view_.graph, view_.launch.policy.order)[held.rank]);
     }
-    const u32 length = alone ? 1 : chain_length(held.id);
-    for (u32 i = 0; i < length; ++i) {
-      if (!inputs_.are_ready(view_.graph.decode(held.id + i), missing)) return false;
+    if (!inputs_.are_ready(held.task, missing)) return false;
+    Task task = held.task;
+    for (u32 left = alone ? 1 : chain_length(task.id); left > 1; --left) {
+      task = view_.graph.next_in_chain(task);
+      if (!inputs_.are_ready(task, missing)) return false;
     }
     return true;
   }
@@ -161,8 +163,10 @@ class Worker {
   }
 
   //! Picks of this PE, or none while the plan is not there.
-  FLASHMOE_FN u32 num_picks() const {
-    return inputs_.is_planned() ? PickOrder(view_.graph, view_.launch.policy.order).size() : none;
+  FLASHMOE_FN u32 num_picks() {
+    if (num_picks_ == none && inputs_.is_planned())
+      num_picks_ = PickOrder(view_.graph, view_.launch.policy.order).size();
+    return num_picks_;
   }
 
   // --- push
@@ -184,7 +188,7 @@ class Worker {
         watchdog_.keep_waiting(none, missing);
       }
       watchdog_.reset();
-      if (!watchdog_.stopped()) run_pick(id, ticket_ns, flags);
+      if (!watchdog_.stopped()) run_pick(view_.graph.decode(id), ticket_ns, flags);
     }
   }
 
@@ -223,10 +227,8 @@ class Worker {
 
   // --- running
 
-  FLASHMOE_FN void run_pick(u32 first, u64 ticket_ns, u16 flags) {
-    const u32 length = chain_length(first);
-    for (u32 i = 0; i < length && !watchdog_.stopped(); ++i) {
-      const Task task = view_.graph.decode(first + i);
+  FLASHMOE_FN void run_pick(Task task, u64 ticket_ns, u16 flags) {
+    for (u32 left = chain_length(task.id);; task = view_.graph.next_in_chain(task)) {
       Missing missing{};
       while (!watchdog_.stopped() &&
              !inputs_.are_ready(task, missing)) {  // only within a chain: a pick's first task is ready
@@ -240,6 +242,7 @@ class Worker {
         return;
       }
       run_task(task, ticket_ns, ready_ns, flags);
+      if (--left == 0) return;
       ticket_ns = now();
     }
   }
@@ -319,6 +322,7 @@ class Worker {
   Inputs<Math> inputs_;
   Signals signals_;
   u32 worker_;
+  u32 num_picks_ = none;
   Trace& trace_;
   Math& math_;
   Hooks& hooks_;

@@ -76,7 +76,14 @@ FLASHMOE_DEVICE u32 from_lane_xor(u32 value, u32 mask) {
   return static_cast<u32>(
       __builtin_amdgcn_ds_bpermute(static_cast<int>((lane() ^ mask) * 4), static_cast<int>(value)));
 }
+FLASHMOE_DEVICE u32 from_lane(u32 value, u32 lane) { return __builtin_amdgcn_readlane(value, lane); }
+//! Lanes run in step: only the compiler must not exchange LDS accesses across it.
+FLASHMOE_DEVICE void sync_wave() {
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+}
 FLASHMOE_DEVICE u64 ballot(bool condition) { return __builtin_amdgcn_ballot_w64(condition); }
+FLASHMOE_DEVICE u32 lowest_bit(u64 bits) { return static_cast<u32>(__builtin_ctzll(bits)); }
 FLASHMOE_DEVICE u32 count_bits(u64 bits) { return static_cast<u32>(__builtin_popcountll(bits)); }
 
 // --- within a work-group
@@ -90,7 +97,7 @@ FLASHMOE_DEVICE void add_in_group(u32* shared, u32 value) {
 }
 //! release: writes this wave's stores back past L2. The leader's release after the barrier waits for its own
 //! wave's stores alone.
-FLASHMOE_DEVICE void release_wave() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, ""); }
+FLASHMOE_DEVICE void release_wave() { release_fence<Scope::system>(); }
 //! acquire: this wave's loads come after the leader's acquire, which it met at a barrier, and find no old
 //! lines in L1 and L2.
 FLASHMOE_DEVICE void acquire_wave() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, ""); }

@@ -81,7 +81,12 @@ FLASHMOE_DEVICE void multiply(Sums& sums, const Weights& weights, Words token) {
 
 // --- within a wave
 FLASHMOE_DEVICE u32 from_lane_xor(u32 value, u32 mask) { return __shfl_xor_sync(~0u, value, mask); }
+FLASHMOE_DEVICE u32 from_lane(u32 value, u32 lane) { return __shfl_sync(~0u, value, static_cast<int>(lane)); }
+FLASHMOE_DEVICE void sync_wave() { __syncwarp(); }
 FLASHMOE_DEVICE u64 ballot(bool condition) { return __ballot_sync(~0u, condition); }
+FLASHMOE_DEVICE u32 lowest_bit(u64 bits) {
+  return static_cast<u32>(__ffsll(static_cast<long long>(bits)) - 1);
+}
 FLASHMOE_DEVICE u32 count_bits(u64 bits) { return static_cast<u32>(__popcll(bits)); }
 
 // --- within a work-group

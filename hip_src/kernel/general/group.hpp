@@ -15,7 +15,7 @@ constexpr u32 num_threads = crew_threads + arch::wave_size;  // the leader's wav
 constexpr u32 pass_columns = 32;                             // tokens that a row tile meets at once
 constexpr u32 row_stride = 17;                               // 16 rows; odd, against bank conflicts
 
-constexpr u32 scratch_words = built::num_experts < crew_threads ? crew_threads : built::num_experts + 1;
+constexpr u32 scratch_words = (1 + crew_waves) * (built::num_experts < 64 ? 64 : built::num_experts);
 
 enum class Work : u32 {
   end,

@@ -24,106 +24,149 @@ struct Pairs {
   }
 };
 
-FLASHMOE_DEVICE void count_pairs(Hand& hand, u32* counts) {
+//! Shared memory while a plan is made. The pairs of all PEs, one PE after the other, are cut into a piece for
+//! each wave: so pairs keep their order when waves place them side by side.
+struct PlanScratch {
+  u32* count;   // [num_local] entries of each expert; then keys of the sequence
+  u32* places;  // [crew_waves][num_local] entries of each wave's piece; then where its next one goes
+
+  FLASHMOE_DEVICE explicit PlanScratch(u32* words) : count(words), places(words + built::num_experts) {}
+};
+static_assert(scratch_words >= (1 + crew_waves) * built::num_experts);
+
+//! Calls visit(pairs, pair) for the pairs of this wave's piece, in order, a lane each; visits by whole waves
+//! with pair >= pairs.size for lanes that have none.
+template <class Visit>
+FLASHMOE_DEVICE void visit_piece(const Hand& hand, Visit visit) {
+  const u32 num_pes = hand.view.launch.shape.num_pes;
+  u32 total = 0;
+  for (u32 src = 0; src < num_pes; ++src) total += hand.view.num_tokens(src) * built::top_k;
+  const u32 piece = ceil_div(total, crew_waves), begin = hand.wave * piece;
+  u32 passed = 0;
+  for (u32 src = 0; src < num_pes; ++src) {
+    const Pairs pairs(hand.view, src);
+    const u32 first = begin > passed ? begin - passed : 0;
+    const u32 reach = begin + piece > passed ? begin + piece - passed : 0;
+    const u32 end = reach < pairs.size ? reach : pairs.size;
+    for (u32 pair = first + hand.lane; pair - hand.lane < end; pair += arch::wave_size)
+      visit(pairs, pair < end ? pair : pairs.size);
+    passed += pairs.size;
+  }
+}
+
+FLASHMOE_DEVICE void count_pairs(Hand& hand, const PlanScratch& scratch) {
   const PeView& view = hand.view;
   const Plan& plan = view.graph.plan;
   const Tiling& tiling = view.launch.tiling;
   const u32 num_pes = view.launch.shape.num_pes;
-  for (u32 i = hand.thread; i < plan.num_local; i += crew_threads) counts[i] = 0;
+  for (u32 i = hand.thread; i < crew_waves * plan.num_local; i += crew_threads) scratch.places[i] = 0;
   for (u32 i = hand.thread; i < tiling.groups(view.launch.shape) * num_pes; i += crew_threads)
     plan.group_rows[i] = 0;
   hand.sync();
-  for (u32 src = 0; src < num_pes; ++src) {
-    const Pairs pairs(view, src);
-    for (u32 pair = hand.thread; pair < pairs.size; pair += crew_threads) {
-      const u32 local = pairs.local(pair);
-      if (local == none) continue;
-      arch::add_in_group(counts + local, 1);
-      bool counted = false;  // a token with two experts in the group gets one row back
-      for (u32 earlier = pair / built::top_k * built::top_k; earlier < pair; ++earlier) {
-        const u32 other = pairs.local(earlier);
-        counted |= other != none && tiling.group_of(other) == tiling.group_of(local);
-      }
-      // relaxed: met again at the barrier
-      if (!counted)
-        fetch_add_relaxed<Scope::device>(plan.group_rows + tiling.group_of(local) * num_pes + src, 1u);
+  visit_piece(hand, [&](const Pairs& pairs, u32 pair) {
+    const u32 local = pair < pairs.size ? pairs.local(pair) : none;
+    if (local == none) return;
+    arch::add_in_group(scratch.places + hand.wave * plan.num_local + local, 1);
+    bool counted = false;  // a token with two experts in the group gets one row back
+    for (u32 earlier = pair / built::top_k * built::top_k; earlier < pair; ++earlier) {
+      const u32 other = pairs.local(earlier);
+      counted |= other != none && tiling.group_of(other) == tiling.group_of(local);
+    }
+    // relaxed: met again at the barrier
+    if (!counted)
+      fetch_add_relaxed<Scope::device>(plan.group_rows + tiling.group_of(local) * num_pes + pairs.src, 1u);
+  });
+  hand.sync();
+}
+
+//! Offsets of experts: each thread adds up what lies before its own.
+FLASHMOE_DEVICE void add_up(Hand& hand, const PlanScratch& scratch) {
+  const Plan& plan = hand.view.graph.plan;
+  const u32 num_local = plan.num_local, block_tokens = hand.view.launch.tiling.block_tokens;
+  for (u32 local = hand.thread; local < num_local; local += crew_threads) {
+    u32 count = 0;
+    for (u32 wave = 0; wave < crew_waves; ++wave) count += scratch.places[wave * num_local + local];
+    scratch.count[local] = count;
+  }
+  hand.sync();
+  for (u32 local = hand.thread; local <= num_local; local += crew_threads) {
+    u32 entries = 0, blocks = 0, active = 0;
+    for (u32 before = 0; before < local; ++before) {
+      const u32 count = scratch.count[before];
+      entries += count;
+      blocks += ceil_div(count, block_tokens);
+      active += count > 0 ? 1 : 0;
+    }
+    plan.entry_offset[local] = entries;
+    plan.block_offset[local] = blocks;
+    plan.active_offset[local] = active;
+    if (local == num_local) continue;
+    if (scratch.count[local] > 0) plan.active[active] = local;
+    for (u32 wave = 0; wave < crew_waves; ++wave) {
+      u32& place = scratch.places[wave * num_local + local];
+      const u32 count = place;
+      place = entries;
+      entries += count;
     }
   }
   hand.sync();
 }
 
-//! A wave an expert: it looks through all pairs in order, and its lanes place what they find side by side.
-FLASHMOE_DEVICE void place_entries(Hand& hand, const u32* offset) {
+FLASHMOE_DEVICE void place_entries(Hand& hand, const PlanScratch& scratch) {
+  const Plan& plan = hand.view.graph.plan;
+  u32* places = scratch.places + hand.wave * plan.num_local;
+  visit_piece(hand, [&](const Pairs& pairs, u32 pair) {
+    const u32 local = pair < pairs.size ? pairs.local(pair) : none;
+    u64 mine = 0;  // lanes with the same expert
+    for (u64 left = arch::ballot(local != none); left != 0;) {
+      const u32 expert = arch::from_lane(local, arch::lowest_bit(left));
+      const u64 same = arch::ballot(local == expert);
+      if (local == expert) mine = same;
+      left &= ~same;
+    }
+    const u64 below = (u64{1} << hand.lane) - 1;
+    u32 place = 0;
+    if (local != none) {
+      place = places[local] + arch::count_bits(mine & below);
+      plan.entries[place] =
+          Entry{pair / built::top_k, static_cast<u16>(pairs.src), static_cast<u16>(pair % built::top_k)};
+    }
+    arch::sync_wave();
+    if (local != none && (mine >> hand.lane) == 1) places[local] = place + 1;  // the last of them
+    arch::sync_wave();
+  });
+  hand.sync();
+}
+
+//! Sorts the active experts: each thread finds the places of its own, and the blocks before them.
+FLASHMOE_DEVICE void sort_experts(Hand& hand, u32* key, u32* blocks) {
   const PeView& view = hand.view;
   const Plan& plan = view.graph.plan;
-  const u64 below = (u64{1} << hand.lane) - 1;
-  for (u32 local = hand.wave; local < plan.num_local; local += crew_waves) {
-    u32 place = offset[local];
-    if (place == offset[local + 1]) continue;
-    for (u32 src = 0; src < view.launch.shape.num_pes; ++src) {
-      const Pairs pairs(view, src);
-      constexpr u32 at_once = 4;  // loads in flight
-      for (u32 first = hand.lane; first - hand.lane < pairs.size; first += at_once * arch::wave_size) {
-        bool found[at_once];
-#pragma unroll
-        for (u32 i = 0; i < at_once; ++i) {
-          const u32 pair = first + i * arch::wave_size;
-          found[i] = pair < pairs.size && pairs.local(pair) == local;
-        }
-#pragma unroll
-        for (u32 i = 0; i < at_once; ++i) {
-          const u32 pair = first + i * arch::wave_size;
-          const u64 lanes = arch::ballot(found[i]);
-          if (found[i]) {
-            plan.entries[place + arch::count_bits(lanes & below)] =
-                Entry{pair / built::top_k, static_cast<u16>(src), static_cast<u16>(pair % built::top_k)};
-          }
-          place += arch::count_bits(lanes);
-        }
-      }
-    }
+  const u32 active = plan.num_active();
+  for (u32 i = hand.thread; i < active; i += crew_threads) {
+    key[i] = expert_key(plan, view.launch.shape, view.launch.policy.order, view.pe, plan.active[i]);
+    blocks[i] = plan.expert_blocks(plan.active[i]);
   }
+  hand.sync();
+  for (u32 i = hand.thread; i < active; i += crew_threads) {
+    u32 place = 0, blocks_before = 0;
+    for (u32 j = 0; j < active; ++j) {
+      const bool before = key[j] < key[i] || (key[j] == key[i] && j < i);
+      place += before ? 1 : 0;
+      blocks_before += before ? blocks[j] : 0;
+    }
+    plan.sequence[place] = plan.active[i];
+    plan.sequence_offset[place] = blocks_before;
+  }
+  if (hand.thread == 0) plan.sequence_offset[active] = plan.num_blocks();
 }
 
 FLASHMOE_DEVICE void plan(Hand& hand) {
-  const PeView& view = hand.view;
-  const Plan& plan = view.graph.plan;
-  u32* offset = hand.group.words;  // [num_local + 1]: counts, then the entries before each expert
-  count_pairs(hand, offset);
-  if (hand.thread == 0) {
-    u32 entries = 0, blocks = 0, active = 0;
-    for (u32 local = 0; local <= plan.num_local; ++local) {
-      const u32 count = local < plan.num_local ? offset[local] : 0;
-      offset[local] = entries;
-      plan.entry_offset[local] = entries;
-      plan.block_offset[local] = blocks;
-      plan.active_offset[local] = active;
-      if (count > 0) plan.active[active++] = local;
-      entries += count;
-      blocks += ceil_div(count, view.launch.tiling.block_tokens);
-    }
-  }
-  hand.sync();
-  place_entries(hand, offset);
-  hand.sync();
-  u32* key = hand.group.words;  // [num_active]
-  const u32 active = plan.num_active();
-  for (u32 i = hand.thread; i < active; i += crew_threads)
-    key[i] = expert_key(plan, view.launch.shape, view.launch.policy.order, view.pe, plan.active[i]);
-  hand.sync();
-  for (u32 i = hand.thread; i < active; i += crew_threads) {
-    u32 place = 0;
-    for (u32 j = 0; j < active; ++j) place += key[j] < key[i] || (key[j] == key[i] && j < i) ? 1 : 0;
-    plan.sequence[place] = plan.active[i];
-  }
-  hand.sync();
-  if (hand.thread != 0) return;
-  u32 blocks = 0;
-  for (u32 i = 0; i < active; ++i) {
-    plan.sequence_offset[i] = blocks;
-    blocks += plan.expert_blocks(plan.sequence[i]);
-  }
-  plan.sequence_offset[active] = blocks;
+  const PlanScratch scratch(hand.group.words);
+  count_pairs(hand, scratch);
+  add_up(hand, scratch);
+  place_entries(hand, scratch);
+  sort_experts(hand, scratch.count, scratch.places);
 }
 
 }  // namespace flashmoe::general
