@@ -24,11 +24,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler that makes code for a target. Files of this suffix are compiled, then linked to one library."""
+    """A compiler that makes code for a target. Files of these suffixes are compiled, then linked to one library."""
 
     path: str
     version: str
-    suffix: str
+    suffixes: tuple[str, ...]
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
     device_libraries: Path | None = None  # AMD's bitcode that the compiler does not find by itself
@@ -49,6 +49,15 @@ def find_compiler(target: str) -> Compiler:
     return _cuda() if target == "sm_90" else _hip()
 
 
+def source_names(symbols: list[str]) -> list[str]:
+    """Names as the source writes them, without arguments and this project's namespaces; unchanged without binutils."""
+    path = shutil.which("c++filt")
+    if path is None or not symbols:
+        return symbols
+    done = subprocess.run([path, "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return [re.sub(r"^void |flashmoe::|\(anonymous namespace\)::", "", line) for line in done.stdout.splitlines()]
+
+
 def _cuda() -> Compiler:
     path = _find("nvcc", "CUDA_HOME", "/usr/local/cuda")
     if path is None:
@@ -58,8 +67,17 @@ def _cuda() -> Compiler:
         raise BuildError(f"{path} is version {version} (install the CUDA toolkit, 12.4 or later)")
     if shutil.which("g++") is None:
         raise BuildError("nvcc needs a host compiler, and g++ is not in PATH (install g++)")
-    compile_flags = ("-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--threads", "0", "-Xptxas=-v")
-    return Compiler(path, version, ".cu", compile_flags, ("-cudart", "static"))
+    compile_flags = (
+        "-x",
+        "cu",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xcompiler",
+        "-fPIC",
+        "--threads",
+        "0",
+        "-Xptxas=-v",
+    )
+    return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static"))
 
 
 def _hip() -> Compiler:
@@ -68,7 +86,7 @@ def _hip() -> Compiler:
     if path is not None:
         version = _version(path, r"HIP version: (\d+\.\d+)")
         if _numbers(version) >= _OLDEST_HIPCC:
-            return Compiler(path, version, ".hip", ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942",))
+            return Compiler(path, version, (".hip",), ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942",))
         found = f"{path} is version {version}, and there is no clang++-19 in PATH"
     clang = shutil.which("clang++-19")
     if clang is None:
@@ -78,7 +96,7 @@ def _hip() -> Compiler:
     return Compiler(
         clang,
         _version(clang, r"clang version (\d+\.\d+\.\d+)"),
-        ".hip",
+        (".hip",),
         ("-x", "hip", "--offload-arch=gfx942", "--rocm-path=/usr", "-fPIC"),
         ("--hip-link", "--offload-arch=gfx942", "--rocm-path=/usr", "-lamdhip64"),
         _DEVICE_LIBRARIES,
