@@ -28,7 +28,7 @@ class Compiler:
 
     path: str
     version: str
-    suffixes: tuple[str, ...]
+    suffixes: tuple[str, ...]  # .hip is for every target
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
     device_libraries: Path | None = None  # AMD's bitcode that the compiler does not find by itself
