@@ -172,9 +172,7 @@ class MoE(nn.Module):
         for name, held in self.named_buffers(recurse=False):
             moved = fn(held)
             if (moved.data_ptr(), moved.dtype, moved.device) != (held.data_ptr(), held.dtype, held.device):
-                raise ValueError(
-                    f"{name} would move from {held.device}, {held.dtype} (make the MoE where it shall run)"
-                )
+                raise ValueError(f"{name} stays on {held.device} as {held.dtype} (make the MoE where it shall run)")
         return self
 
 
@@ -263,7 +261,7 @@ def _like_x(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _no_gradients(*_: Any) -> None:
+def _no_gradients(*_: Any, **__: Any) -> None:
     raise ValueError("x requires grad (flashmoe computes no gradients: call it under torch.inference_mode or no_grad)")
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from flashmoe.hw.packed import PackedWeights
 from layers import weights_of
 from numpy.typing import NDArray
 from qwen import to_torch, torch
 
 from flashmoe.hw.device import DeviceLayer
 from flashmoe.hw.launches import RunResult
+from flashmoe.hw.packed import PackedWeights
 from flashmoe.model import MoEModel
 from flashmoe.routing import Routing
 

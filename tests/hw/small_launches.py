@@ -2,10 +2,10 @@
 
 import sys
 
-from flashmoe.hw.packed import PackedWeights
 from layers import assert_right, skewed_routing, tokens, weights_of
 
 from flashmoe.hw.device import DeviceLayer
+from flashmoe.hw.packed import PackedWeights
 from flashmoe.model import MoEModel
 from flashmoe.policy import Policy
 from flashmoe.tasks import Tiling

@@ -5,13 +5,13 @@ import os
 import numpy as np
 import pytest
 from cards import BACKENDS, POISON, launch, make_layer
-from flashmoe.torch import MoE
 from layers import ERROR, skewed_routing, tokens, tokens_without_ties, weights_of
 from qwen import make_block, to_torch, torch
 
 from flashmoe.model import MoEModel
 from flashmoe.reference import relative_error
 from flashmoe.tasks import Tiling
+from flashmoe.torch import MoE
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

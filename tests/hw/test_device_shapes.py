@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from cards import BACKENDS, launch
-from flashmoe.hw.library import TARGETS
-from flashmoe.hw.packed import PackedWeights
 from layers import ERROR, skewed_routing
 from qwen import make_block, torch
 
 from flashmoe.hw.build import build_library
 from flashmoe.hw.device import DeviceLayer
+from flashmoe.hw.library import TARGETS
+from flashmoe.hw.packed import PackedWeights
 from flashmoe.model import MoEModel
 from flashmoe.reference import relative_error
 
