@@ -28,7 +28,7 @@ def packed(model: MoEModel, backend: str) -> PackedWeights:
     return PackedWeights(model, weights_of(model), backend=backend)
 
 
-DEFAULTS = {"ep_size": 1, "max_tokens": 40, "policy": "ticket", "deadline_s": 5.0}
+DEFAULTS = {"ep_size": 1, "max_tokens": 40, "policy": "ticket", "deadline_s": 2.0}
 
 
 def make_layer(model: MoEModel, backend: str, **arguments: Any) -> DeviceLayer:
