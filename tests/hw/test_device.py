@@ -7,7 +7,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cards import BACKENDS, launch, make_layer
+from cards import BACKENDS, MODEL, launch, make_layer
 from layers import (
     BUILT_IN_POLICIES,
     assert_right,
@@ -34,9 +34,6 @@ from flashmoe.weights import Weights
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
-
-# rows of odd numbers of the instruction's tiles; 8 PEs have two experts each
-MODEL = MoEModel(d_model=320, d_ff=192, num_experts=16, top_k=4, name="card")
 TILINGS = {
     "tile": Tiling(),
     "small": Tiling(
