@@ -2,17 +2,20 @@
 
 import pytest
 from cards import BACKENDS
-from layers import ERROR, tokens_without_ties, weights_of
+from layers import ERROR, skewed_routing, tokens_without_ties, weights_of
 from qwen import make_block, to_torch, torch
 
 from flashmoe.hw import LaunchError, tuned
 from flashmoe.model import MoEModel
+from flashmoe.policy import Policy
 from flashmoe.reference import relative_error
+from flashmoe.tasks import Tiling
 from flashmoe.torch import MoE
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 MODEL = MoEModel(d_model=320, d_ff=192, num_experts=16, top_k=4, name="card")
+ROWS = Tiling(down="rows", down_rows=16, block_tokens=8)
 
 
 def tensors_of():
@@ -91,9 +94,20 @@ def test_the_trace_of_a_replayed_graph(backend, count):
     assert len(digests) == 3
 
 
-def test_a_deadline_is_told_by_check_and_the_module_works_on(backend):
-    module, x = make(deadline_s=1e-9), torch.randn(20, MODEL.d_model, device="cuda").bfloat16()
-    module(x)  # is not told
-    with pytest.raises(LaunchError, match="waited"):
+def test_a_launch_that_cannot_go_on_is_told_by_check(backend):
+    """Lists for one routing, launched with another: the plan's builder sees it."""
+    module = make(policy=Policy(name="big_first", queue="static", rank=lambda task: -task.num_tokens, tiling=ROWS))
+    x = torch.randn(20, MODEL.d_model, device="cuda").bfloat16()
+    expected, other = (skewed_routing(MODEL, [20], seed, skew=1.0, dropped=0.0) for seed in (1, 2))
+    given = {
+        routing: [torch.from_numpy(values[0].copy()).cuda() for values in (routing.topk_idx, routing.topk_weights)]
+        for routing in (expected, other)
+    }
+    module._runner.layer.follow(expected, gate=False)
+    wanted = module(x, *given[expected])
+    module.check()
+    module(x, *given[other])  # is not told
+    with pytest.raises(LaunchError, match="another routing"):
         module.check()
+    assert torch.equal(module(x, *given[expected]), wanted)
     module.check()
