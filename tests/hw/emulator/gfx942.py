@@ -125,9 +125,10 @@ class _Kernel:
 
 
 def _teach_cdna3(emulator: Any) -> None:
-    """What the kernels use and the emulator lacks: returning atomics, orders to caches, the clock."""
+    """What the kernels use and the emulator lacks: returning atomics, flat addresses, orders to caches, the clock."""
     attribute, handlers, cdna = emulator._iattr, emulator._INST_HANDLERS, emulator.irc
-    others = {kind: handlers[kind] for kind in (cdna.MUBUF, cdna.SMEM)}
+    field, register = emulator._Ctx.optional_field, emulator._Ctx.rvgpr_dyn
+    others = {kind: handlers[kind] for kind in (cdna.DS, cdna.MUBUF, cdna.SMEM)}
 
     def sc0_is_glc(instruction: Any, name: str, default: int = 0) -> int:
         """An atomic gives back what was there if a bit says so that RDNA calls glc and CDNA3 sc0."""
@@ -147,8 +148,28 @@ def _teach_cdna3(emulator: Any) -> None:
         halves = (context.wsgpr_dyn(register + emulator._c(i), half) for i, half in enumerate((ticks, emulator._c(0))))
         return emulator.UOp.sink(now.store(ticks), *halves, *context.inc_pc())
 
+    def field_or_none(context: Any, instruction: Any, name: str) -> Any:
+        """A flat address has no scalar part; only global and scratch addresses do."""
+        return None if name == "saddr" and type(instruction) is cdna.FLAT else field(context, instruction, name)
+
+    def local(instruction: Any, context: Any) -> Any:
+        """Lanes that are off read LDS too, at whatever address they hold: let it be 0."""
+        address = context.inst_field(cdna.DS.addr)
+
+        def register_or_0(of: Any, number: Any, lane: Any, valid: Any = None) -> Any:
+            value = register(of, number, lane, valid)
+            on = emulator._lane_active(of.rexec(), lane)
+            return on.where(value, emulator._c(0)) if number is address else value
+
+        emulator._Ctx.rvgpr_dyn = register_or_0
+        try:
+            return others[cdna.DS](instruction, context)
+        finally:
+            emulator._Ctx.rvgpr_dyn = register
+
     emulator._iattr = sc0_is_glc
-    handlers[cdna.MUBUF], handlers[cdna.SMEM] = buffer, scalar_memory
+    emulator._Ctx.optional_field = field_or_none
+    handlers |= {cdna.DS: local, cdna.MUBUF: buffer, cdna.SMEM: scalar_memory}
 
 
 def _load(code_object: bytes) -> np.ndarray[Any, Any]:
