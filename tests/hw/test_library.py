@@ -344,8 +344,11 @@ def test_weights_are_packed_once_and_in_place(fake, stream):
     gc.collect()  # layers of other tests
     packs, buffers = fake.count("packs"), fake.count("buffers")
     packed = PackedWeights.in_place(MODEL, *map(Tensor, arrays))
-    assert [array.view(np.uint16).flat[0] for array in arrays[1:]] == [0x0101, 0x0202]
+    with pytest.raises(ValueError, match="queue push"):
+        make(weights=packed, policy="push")
+    assert arrays[1].tobytes() == WEIGHTS.gate_up.tobytes()  # not lost with a layer that cannot be made
     layers = [make(weights=packed), make(weights=packed, policy="ticket")]
+    assert [array.view(np.uint16).flat[0] for array in arrays[1:]] == [0x0101, 0x0202]
     for layer in layers:
         layer(tokens(2))
     assert fake.count("packs") == packs + 1
