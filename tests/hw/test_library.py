@@ -2,6 +2,7 @@
 
 import ctypes as c
 import gc
+import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import flashmoe as fm
+from flashmoe.cli import app
 from flashmoe.hw import BuildError, DeviceError, DeviceLayer, LaunchError, PackedWeights, driver, library, tuned
 from flashmoe.hw.build import source_folder
 from flashmoe.hw.tuned import tuned_ranges
+from flashmoe.model import MODEL_PRESETS
 from flashmoe.policy import QUEUES, Policy
 from flashmoe.routing import Routing
 from flashmoe.schedule import to_schedule
@@ -63,20 +67,16 @@ def fake(monkeypatch, fake_path):
     """What the library saw."""
     use(monkeypatch, fake_path)
     dll = c.CDLL(str(fake_path))
-    dll.fake_config.restype = c.POINTER(library.FlashmoeConfig)
-    dll.fake_input.restype = c.POINTER(library.FlashmoeInput)
-    dll.fake_stream.restype = c.c_void_p
 
-    def count(name):
-        return c.c_int.in_dll(dll, f"fake_{name}").value
+    def last(name, kind):
+        return lambda: kind.in_dll(dll, f"fake_{name}")
 
     yield SimpleNamespace(
-        count=count,
+        count=lambda name: c.c_int.in_dll(dll, f"fake_{name}").value,
         fail_next=lambda: setattr(c.c_int.in_dll(dll, "fake_fails"), "value", 1),
-        config=lambda: dll.fake_config().contents,
-        input=lambda: dll.fake_input().contents,
-        stream=lambda: dll.fake_stream(),
-        resets=lambda: dll.fake_resets(),
+        config=last("config", library.FlashmoeConfig),
+        input=last("input", library.FlashmoeInput),
+        stream=lambda: c.c_void_p.in_dll(dll, "fake_stream").value,
     )
     library.load_library.cache_clear()
 
@@ -255,14 +255,14 @@ def test_lists_are_made_for_the_routing(fake, gate):
 
 
 def test_after_a_fault_the_layer_can_be_launched_again(fake):
-    layer, x = make(policy="ticket"), tokens(4)
+    layer, x, resets = make(policy="ticket"), tokens(4), fake.count("resets")
     fake.fail_next()
     with pytest.raises(
         LaunchError, match=r"PE 0 worker 3, epoch 5: waited 2 s with task 7 for upped\[2\]: seen 10"
     ) as e:
         layer(x)
     assert e.value.fault["src"] is None and e.value.fault["tasks_run"] == [1] * 12
-    assert fake.resets() == 1
+    assert fake.count("resets") == resets + 1
     assert layer(x).outputs[0].tobytes() == x[0].tobytes()
     fake.fail_next()
     layer.launch([16 * 1024], [16 * 1024], [0])  # asynchronous: nobody is told
@@ -354,6 +354,55 @@ def test_weights_are_packed_once_and_in_place(fake, stream):
     other = fm.MoEModel(**{**MODEL.to_dict(), "name": "other"})
     with pytest.raises(ValueError, match="packed for"):
         DeviceLayer(other, packed, ep_size=1, max_tokens=4)
+
+
+# ---- the command line
+
+
+def command(*arguments, status):
+    result = CliRunner().invoke(app, ["run", "--model", "fake", *arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture
+def preset(monkeypatch):
+    sizes = {name: getattr(MODEL, name) for name in ("d_model", "d_ff", "num_experts", "top_k")}
+    monkeypatch.setitem(MODEL_PRESETS, "fake", sizes)
+
+
+def test_flashmoe_run_on_a_card(fake, preset, tmp_path):
+    """With defaults: one PE, all workers, tuned. The fake's copy of x is a wrong result, and is told as one."""
+    out = tmp_path / "t.npz"
+    result = command("--backend", "cuda", "--tokens", "9", "--out", str(out), "--json", status=1)
+    inputs = json.loads(result.stdout)["inputs"]
+    assert (inputs["backend"], inputs["pes"], inputs["workers"], inputs["policy"]) == ("cuda", 1, 12, "tuned")
+    assert inputs["tiling"] == tuned(MODEL, 9).tiling.to_dict()
+    assert "relative error" in result.stderr
+    header = fm.Trace.load(out).header
+    assert (header["num_workers"], header["drops"], header["num_tokens"]) == (12, 12, [9])
+
+
+def test_flashmoe_run_takes_pes_workers_and_tilings(fake, preset):
+    options = ["--pes", "4", "--workers", "2", "--policy", "ticket", "--down", "rows", "--routing", "zipf:1"]
+    inputs = json.loads(command("--backend", "cuda", *options, "--json", status=1).stdout)["inputs"]
+    assert (inputs["pes"], inputs["workers"], inputs["down"], inputs["routing"]) == (4, 2, "rows", "zipf:1")
+    assert all(fake.input().topk_idx_device[:4])
+    assert fake.config().num_pes == 4
+
+
+def test_flashmoe_run_says_what_a_card_cannot_do(fake, preset, monkeypatch):
+    for options, status, named in (
+        (["--policy", "push"], 2, "queue push"),
+        (["--tokens", "1025"], 2, "1025"),
+        (["--dtype", "f32"], 2, "dtype='f32'"),
+        (["--workers", "13"], 2, "12 CUs"),
+    ):
+        assert named in command("--backend", "cuda", *options, status=status).stderr
+    library.load_library.cache_clear()
+    monkeypatch.setattr(library, "check_driver", driver.check_driver)
+    monkeypatch.setitem(driver._DRIVERS, "cuda", (("libnone.so.1",), "", "", Path()))
+    assert "error: no GPU for backend='cuda'" in command("--backend", "cuda", status=1).stderr
 
 
 # ---- what cannot be done
