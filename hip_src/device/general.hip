@@ -83,10 +83,12 @@ struct Layer : FlashmoeLayer {
 
   int launch(const FlashmoeInput& input, Stream stream) override {
     Params now = params;
-    now.launch.gate_inside = input.topk_idx_device[0] == nullptr ? 1 : 0;
+    now.launch.gate_inside = 1;
     for (u32 pe = 0; pe < config.num_pes; ++pe) {
       if ((reinterpret_cast<u64>(input.x_device[pe]) | reinterpret_cast<u64>(input.out_device[pe])) % 16 != 0)
         return fail("PE %u: x or out is not aligned to 16 bytes", pe);
+      // a PE without tokens may have no array, with a routing from outside, too
+      if (input.topk_idx_device[pe] != nullptr) now.launch.gate_inside = 0;
       LaunchPe& own = now.pes[pe];
       own.x = input.x_device[pe];
       own.out = input.out_device[pe];
