@@ -7,26 +7,17 @@
 #include <vector>
 
 #include "api.h"
+#include "error.hpp"
 #include "pack.cuh"
 #include "pipeline/kernel.cuh"
 
+using namespace flashmoe;
+
 namespace {
 
-using namespace flashmoe;
 using pipeline::Params;
 
 char error_text[512];
-
-int fail(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(error_text, sizeof error_text, format, arguments);
-  va_end(arguments);
-  return 1;
-}
-int check(cudaError_t status, const char* what) {
-  return status == cudaSuccess ? 0 : fail("%s: %s", what, cudaGetErrorString(status));
-}
 
 Shape built_shape(u32 num_pes) {
   return Shape{pipeline::d_model, pipeline::d_ff, pipeline::num_experts,
@@ -71,6 +62,14 @@ const Instance instances[] = {
 };
 
 }  // namespace
+
+int flashmoe::fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(error_text, sizeof error_text, format, arguments);
+  va_end(arguments);
+  return 1;
+}
 
 struct FlashmoeLayer {
   FlashmoeConfig config;

@@ -1,0 +1,202 @@
+"""The benchmark itself: for each number of tokens the read ceiling, flashmoe and its peers, one after the other."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmoe.bench.inputs import Cell, WeightSets, make_cell, num_weight_sets
+from flashmoe.bench.ours import PackedSets, ReadKernels, as_forward, policy_variants
+from flashmoe.bench.peers import PEERS, Forward
+from flashmoe.bench.result import OURS, READ, How, Measurement, Missing, Result, whole
+from flashmoe.bench.timing import Graph, Layer, check_and_time, run_once, time_graphs
+from flashmoe.model import MoEModel
+from flashmoe.trace import stamp
+
+Progress = Callable[[int, int], None]  # called with (done, all)
+
+
+@torch.no_grad()
+def bench(
+    model: MoEModel,
+    tokens: Sequence[int],
+    routings: Sequence[str],
+    policies: Sequence[str],
+    peers: Sequence[str],
+    *,
+    num_layers: int,
+    repeats: int,
+    seed: int,
+    progress: Progress,
+) -> Result:
+    """Measure on the current CUDA device. policies: beside "tuned", which is always measured, and first.
+
+    Raises: ValueError for a routing or policy that does not exist; what `DeviceLayer` raises.
+    """
+    variants = policy_variants([name for name in policies if name != "tuned"])
+    sets = WeightSets(model, num_weight_sets(model), "cuda", seed)
+    cells = [make_cell(model, sets, n, routing, num_layers, seed) for routing in routings for n in tokens]
+    run = _Run(model, sets, repeats, progress, len(cells) * (1 + len(peers) + len(variants)))
+    header = _header(model, sets, num_layers, repeats, seed)
+
+    packed, reads = PackedSets(model, sets), ReadKernels(model, sets.all)
+    ours = packed.layers("tuned", max(tokens))
+    theirs = {name: made for name in peers if (made := run.make_peer(name)) is not None}
+    for cell in cells:
+        run.measure_reads(cell, reads)
+        run.measure_ours(cell, "tuned", [as_forward(layer) for layer in ours], ours[0].kernel_name(cell.tokens))
+        for name, forwards in theirs.items():
+            run.measure_peer(cell, name, forwards)
+    header |= {"clocks_at_the_end": _clocks()}
+    for variant in variants:
+        for cell in cells:
+            layers = packed.layers(variant, cell.tokens)
+            run.measure_ours(
+                cell, variant, [as_forward(layer) for layer in layers], layers[0].kernel_name(cell.tokens), alone=False
+            )
+    return Result(header, run.measurements, run.missing)
+
+
+class _Run:
+    def __init__(self, model: MoEModel, sets: WeightSets, repeats: int, progress: Progress, num_steps: int) -> None:
+        self.model, self.sets, self.repeats = model, sets, repeats
+        self.measurements: list[Measurement] = []
+        self.missing: list[Missing] = []
+        self._progress, self._steps, self._num_steps = progress, 0, num_steps
+
+    def make_peer(self, name: str) -> list[Forward] | None:
+        """One for each weight set; None, with the reason among the missing, when the peer cannot be had."""
+        try:
+            return [PEERS[name](self.model, weights) for weights in self.sets.layers]
+        except Exception as error:  # a peer may fail in any way; that must not cost the other numbers
+            absent = isinstance(error, ModuleNotFoundError) and error.name == name
+            self.missing.append(Missing(who=name, tokens=None, reason="not installed" if absent else _line(error)))
+            return None
+
+    def measure_reads(self, cell: Cell, reads: ReadKernels) -> None:
+        num_bytes = [self.model.expert_bytes * distinct for distinct in cell.distinct]
+        for variant, name in enumerate(reads.names):
+            graph = Graph(reads.layers(variant, num_bytes))
+            self._add(cell, READ, "read", name, **asdict(time_graphs([graph], self.repeats)))
+
+    def measure_ours(
+        self, cell: Cell, variant: str, forwards: Sequence[Forward], kernel: str, *, alone: bool = True
+    ) -> None:
+        """With the gate inside where it makes this routing, and with the routing given. alone: single layers, too."""
+        for how in _ways(cell.routing):
+            layers = _layers(cell, forwards, how)
+            checked = check_and_time([Graph(layers)], cell.layers, self.repeats)
+            self._add(cell, OURS, how, variant, **asdict(checked), kernel=kernel)
+            if alone and how == whole(cell.routing):
+                checked = check_and_time([Graph([layer]) for layer in layers], cell.layers, self.repeats)
+                self._add(cell, OURS, "alone", variant, **asdict(checked), kernel=kernel)
+        self._step()
+
+    def measure_peer(self, cell: Cell, name: str, forwards: Sequence[Forward]) -> None:
+        try:
+            for how in _ways(cell.routing):
+                layers = _layers(cell, forwards, how)
+                run_once(layers)
+                checked = check_and_time([Graph(layers)], cell.layers, self.repeats)
+                self._add(cell, name, how, "", **asdict(checked))
+        except Exception as error:  # as in make_peer
+            self.missing.append(Missing(who=name, tokens=cell.tokens, reason=_line(error)))
+        self._step()
+
+    def _add(self, cell: Cell, who: str, how: How, variant: str, **measured: Any) -> None:
+        distinct = sum(cell.distinct) / len(cell.distinct)
+        self.measurements.append(
+            Measurement(
+                tokens=cell.tokens,
+                routing=cell.routing,
+                who=who,
+                how=how,
+                variant=variant,
+                distinct_experts=distinct,
+                weight_bytes=distinct * self.model.expert_bytes,
+                **measured,
+            )
+        )
+
+    def _step(self) -> None:
+        self._steps += 1
+        self._progress(self._steps, self._num_steps)
+
+
+def _ways(routing: str) -> list[How]:
+    return list(dict.fromkeys((whole(routing), "given")))
+
+
+def _layers(cell: Cell, forwards: Sequence[Forward], how: How) -> list[Layer]:
+    """The layers of the graph; the weight sets take turns."""
+    layers: list[Layer] = []
+    for number, layer in enumerate(cell.layers):
+        given = (layer.topk_idx, layer.topk_weights) if how == "given" else ()
+        layers.append(partial(forwards[number % len(forwards)], layer.x, *given))
+    return layers
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _header(model: MoEModel, sets: WeightSets, num_layers: int, repeats: int, seed: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(sets.all.device)
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": _commit()}
+    return {
+        **stamp(),
+        "device": properties.name,
+        "num_cus": properties.multi_processor_count,
+        "clocks": _clocks(),
+        **versions,
+        "model": model.to_dict(),
+        "num_layers": num_layers,
+        "repeats": repeats,
+        "seed": seed,
+        "weight_sets": len(sets.layers),
+        "weight_sets_bytes": sets.all.nbytes,
+        "empty_graph_us": _empty_graph_us(repeats),
+    }
+
+
+def _empty_graph_us(repeats: int) -> float:
+    """A graph with the smallest of kernels: what a time "alone" has in it besides the layer."""
+    one = torch.zeros(1, device="cuda")
+    return time_graphs([Graph([one.zero_])], repeats).median_us
+
+
+_CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+
+def _clocks() -> dict[str, str]:
+    """In nvidia-smi's words: MHz, W, °C; empty without it."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    uuid = f"GPU-{torch.cuda.get_device_properties('cuda').uuid}"
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(_CLOCKS, values, strict=True)) if len(values) == len(_CLOCKS) else {}
+
+
+def _commit() -> str | None:
+    """Of the source tree, with "+" when it has changes; None outside of one."""
+    folder = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None if done.returncode == 0 else None
