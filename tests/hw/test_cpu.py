@@ -354,7 +354,7 @@ def test_bad_inputs_name_what_is_wrong():
         layer(good, routing=Routing.uniform(EIGHT, [2, 1], 2))
     with pytest.raises(ValueError, match="num_experts=6"):
         layer(good, routing=Routing.uniform(ODD, [2, 2], 2))
-    with pytest.raises(ValueError, match=r"backend='tpu' \(accepted: cpu\)"):
+    with pytest.raises(ValueError, match=r"backend='tpu' \(accepted: cpu, cuda, hip\)"):
         run(EIGHT, weights_of(EIGHT), good, backend="tpu")
     with pytest.raises(ValueError, match="gate"):
         run(EIGHT, weights_of(ODD), good)
