@@ -9,10 +9,10 @@ Table = tuple[list[str], list[list[str]]]  # names of columns, rows of cells
 
 def layer_table(result: Result, routing: str) -> Table:
     """flashmoe beside the read ceiling, a row for each number of tokens."""
-    columns = ["tokens", "experts", "MB", "ceiling µs", "TB/s"]
+    columns = ["tokens", "experts", "MB", "read µs", "TB/s"]
     has_gate = whole(routing) == "gate"
-    columns += ["flashmoe µs", "p10 to p90", "of ceiling"] if has_gate else []
-    columns += ["given µs", *([] if has_gate else ["p10 to p90"]), "of ceiling", "alone µs"]
+    columns += ["flashmoe µs", "p10-p90", "share"] if has_gate else []
+    columns += ["given µs", *([] if has_gate else ["p10-p90"]), "share", "alone µs"]
     rows = []
     for tokens in result.tokens(routing):
         ceiling = result.ceiling(routing, tokens)
@@ -33,7 +33,7 @@ def peer_table(result: Result, routing: str) -> Table:
     how = whole(routing)
     columns = ["tokens", "flashmoe µs"]
     for peer in result.peers():
-        columns += [f"{peer} µs", "times ours", "of ceiling"]
+        columns += [f"{peer} µs", "times ours", "share"]
     rows = []
     for tokens in result.tokens(routing):
         ours = result.find(routing, tokens, OURS, how, "tuned")
@@ -80,11 +80,11 @@ def describe(result: Result) -> str:
 
 
 LEGEND = (
-    "ceiling: the fastest of several kernels that only read as many bytes as the chosen experts' weights have, timed "
-    "the same way. given: routing from outside. alone: each layer in a graph of its own, its weights in no cache; that "
-    "includes the launch of the graph (an empty one takes {empty:.1f} µs), and nothing overlaps with a layer before or "
-    "after. Every output was compared with float32 on the same routing, in buffers that held NaN, before and after the "
-    "timed replays."
+    "read: the ceiling, the fastest of several kernels that only read as many bytes as the chosen experts' weights "
+    "have, timed the same way. share: its time over that of the layer. given: routing from outside. alone: each layer "
+    "in a graph of its own, its weights in no cache; that includes the launch of the graph (an empty one takes "
+    "{empty:.1f} µs), and nothing overlaps with a layer before or after. Every output was compared with float32 on the "
+    "same routing, in buffers that held NaN, before and after the timed replays."
 )
 
 
@@ -127,7 +127,7 @@ def _time(row: Measurement | None) -> str:
 
 
 def _spread(row: Measurement | None) -> str:
-    return "-" if row is None else f"{row.p10_us:.1f} to {row.p90_us:.1f}"
+    return "-" if row is None else f"{row.p10_us:.1f}-{row.p90_us:.1f}"
 
 
 def _share(result: Result, row: Measurement | None) -> str:

@@ -14,12 +14,12 @@ import typer
 from flashmoe.bench.peers import PEERS
 from flashmoe.cli import inputs
 from flashmoe.cli.screen import WorkFailed, check_writable, print_json, print_table, print_written, progress, say
+from flashmoe.hw.library import MAX_TOKENS
 from flashmoe.policy import policy_names
 
 if TYPE_CHECKING:
     from flashmoe.bench.result import Result
 
-_MOST_TOKENS = 1024
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -34,7 +34,7 @@ EXAMPLES = (
 def bench(
     model: Annotated[str, typer.Option(help="Preset, or a checkpoint folder (its config.json).")] = "qwen3-30b-a3b",
     tokens: Annotated[
-        str, typer.Option(metavar="N,N,...", help=f"Numbers of tokens, 1 to {_MOST_TOKENS}.")
+        str, typer.Option(metavar="N,N,...", help=f"Numbers of tokens, 1 to {MAX_TOKENS}.")
     ] = "1,2,4,8,16,32,64,128,256,512",
     routing: Annotated[
         str,
@@ -155,9 +155,9 @@ def _names(text: str) -> list[str]:
 def _numbers(text: str) -> list[int]:
     numbers = []
     for word in _names(text):
-        if not word.isdecimal() or not 1 <= int(word) <= _MOST_TOKENS:
+        if not word.isdecimal() or not 1 <= int(word) <= MAX_TOKENS:
             raise ValueError(
-                f"--tokens {text!r}: {word!r} (accepted: integers in 1..{_MOST_TOKENS}, with commas between)"
+                f"--tokens {text!r}: {word!r} (accepted: integers in 1..{MAX_TOKENS}, with commas between)"
             )
         numbers.append(int(word))
     return numbers

@@ -67,10 +67,10 @@ def test_csv_has_every_row_with_its_share(tmp_path: Path) -> None:
 def test_layer_table() -> None:
     columns, rows = tables.layer_table(small_result(), "gate")
     assert columns[3:] == [
-        "ceiling µs", "TB/s", "flashmoe µs", "p10 to p90", "of ceiling", "given µs", "of ceiling", "alone µs",
+        "read µs", "TB/s", "flashmoe µs", "p10-p90", "share", "given µs", "share", "alone µs",
     ]  # fmt: skip
     # 8 experts of 9,437,184 bytes in 20 us are 3.77 TB/s
-    assert rows[0] == ["1", "8.0", "75", "20.0", "3.77", "25.0", "22.5 to 27.5", "0.800", "22.0", "0.909", "30.0"]
+    assert rows[0] == ["1", "8.0", "75", "20.0", "3.77", "25.0", "22.5-27.5", "0.800", "22.0", "0.909", "30.0"]
 
 
 def test_a_routing_from_outside_has_no_column_for_the_gate() -> None:
@@ -79,13 +79,13 @@ def test_a_routing_from_outside_has_no_column_for_the_gate() -> None:
         row(8, "flashmoe", "given", "tuned", 125.0, routing="zipf:1.2"),
     ]
     columns, cells = tables.layer_table(Result({}, rows, []), "zipf:1.2")
-    assert columns[5:] == ["given µs", "p10 to p90", "of ceiling", "alone µs"]
-    assert cells[0][5:] == ["125.0", "112.5 to 137.5", "0.800", "-"]
+    assert columns[5:] == ["given µs", "p10-p90", "share", "alone µs"]
+    assert cells[0][5:] == ["125.0", "112.5-137.5", "0.800", "-"]
 
 
 def test_peers_stand_beside_ours_and_wrong_is_no_time() -> None:
     columns, rows = tables.peer_table(small_result(), "gate")
-    assert columns == ["tokens", "flashmoe µs", "torch µs", "times ours", "of ceiling"]
+    assert columns == ["tokens", "flashmoe µs", "torch µs", "times ours", "share"]
     assert rows == [["1", "25.0", "100.0", "4.00", "0.200"], ["8", "125.0", "wrong", "-", "-"]]
 
 
