@@ -188,15 +188,12 @@ def _clocks() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the source tree, with "+" when it has changes; None outside of one."""
-    folder = Path(__file__).parent
+    """Of the source tree, with "+" when it has changes; None when this file is in no repository."""
     if shutil.which("git") is None:
         return None
-    done = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    # an installed copy may lie in a folder of somebody else's repository
+    for command in (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--abbrev=40", "--dirty=+"]):
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return None
+    return done.stdout.strip()

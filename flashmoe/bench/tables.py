@@ -1,4 +1,4 @@
-"""A benchmark's result for people: tables of words, for a terminal or a file."""
+"""A benchmark's result for people: tables of words, for a terminal of 80 columns or a file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Table = tuple[list[str], list[list[str]]]  # names of columns, rows of cells
 
 def layer_table(result: Result, routing: str) -> Table:
     """flashmoe beside the read ceiling, a row for each number of tokens."""
-    columns = ["tokens", "experts", "MB", "read µs", "TB/s"]
+    columns = ["tokens", "experts", "MB", "read\nµs", "TB/s"]
     has_gate = whole(routing) == "gate"
-    columns += ["flashmoe µs", "p10-p90", "share"] if has_gate else []
-    columns += ["given µs", *([] if has_gate else ["p10-p90"]), "share", "alone µs"]
+    columns += ["ours\nµs", "spread\nµs", "share"] if has_gate else []
+    columns += ["given\nµs", *([] if has_gate else ["spread\nµs"]), "share", "alone\nµs"]
     rows = []
     for tokens in result.tokens(routing):
         ceiling = result.ceiling(routing, tokens)
@@ -31,16 +31,16 @@ def layer_table(result: Result, routing: str) -> Table:
 def peer_table(result: Result, routing: str) -> Table:
     """Everybody's time, and how many times that of flashmoe it is."""
     how = whole(routing)
-    columns = ["tokens", "flashmoe µs"]
+    columns = ["tokens", "ours\nµs"]
     for peer in result.peers():
-        columns += [f"{peer} µs", "times ours", "share"]
+        columns += [f"{peer}\nµs", "times\nours"]
     rows = []
     for tokens in result.tokens(routing):
         ours = result.find(routing, tokens, OURS, how, "tuned")
         cells = [str(tokens), _time(ours)]
         for peer in result.peers():
             theirs = result.find(routing, tokens, peer, how)
-            cells += [_time(theirs), _ratio(theirs, ours), _share(result, theirs)]
+            cells += [_time(theirs), _ratio(theirs, ours)]
         rows.append(cells)
     return columns, rows
 
@@ -61,7 +61,7 @@ def policy_table(result: Result, routing: str) -> Table:
 
 def as_markdown(table: Table) -> str:
     columns, rows = table
-    lines = [columns, ["---"] * len(columns), *rows]
+    lines = [[column.replace("\n", " ") for column in columns], ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -81,10 +81,11 @@ def describe(result: Result) -> str:
 
 LEGEND = (
     "read: the ceiling, the fastest of several kernels that only read as many bytes as the chosen experts' weights "
-    "have, timed the same way. share: its time over that of the layer. given: routing from outside. alone: each layer "
-    "in a graph of its own, its weights in no cache; that includes the launch of the graph (an empty one takes "
-    "{empty:.1f} µs), and nothing overlaps with a layer before or after. Every output was compared with float32 on the "
-    "same routing, in buffers that held NaN, before and after the timed replays."
+    "have, timed the same way. ours: flashmoe, the router inside. spread: from the 10th to the 90th percentile. share: "
+    "the ceiling's time over that of the layer. given: flashmoe, the routing from outside. alone: each layer in a graph "
+    "of its own, its weights in no cache; that includes the start of a graph (an empty one takes {empty:.1f} µs), and "
+    "nothing overlaps with a layer before or after. Every output was compared with float32 on the same routing, in "
+    "buffers that held NaN, before and after the timed replays."
 )
 
 
@@ -127,7 +128,7 @@ def _time(row: Measurement | None) -> str:
 
 
 def _spread(row: Measurement | None) -> str:
-    return "-" if row is None else f"{row.p10_us:.1f}-{row.p90_us:.1f}"
+    return "-" if row is None else f"{row.p90_us - row.p10_us:.1f}"
 
 
 def _share(result: Result, row: Measurement | None) -> str:

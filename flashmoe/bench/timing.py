@@ -12,6 +12,7 @@ import torch
 from flashmoe.bench.inputs import LayerInput, relative_error
 
 WARM_UP = 3  # replays before the timed ones
+HOLD_CYCLES = 100_000  # 50 us
 
 Layer = Callable[[], Any]  # launches one layer on the current stream; its output, if it has one
 
@@ -57,11 +58,15 @@ def run_once(layers: Sequence[Layer]) -> None:
 
 
 def time_graphs(graphs: Sequence[Graph], repeats: int) -> Times:
-    """Replay one graph after the other, `repeats` rounds; between two events each, so its launch is in the time."""
+    """Replay one graph after the other, `repeats` rounds, between two events each.
+
+    The device is kept busy until the host has enqueued all three, so how long the host takes is not in the time.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     us = []
     for round_ in range(-WARM_UP, repeats):
         for graph in graphs:
+            torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
             graph.replay()
             end.record()

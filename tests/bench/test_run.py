@@ -52,6 +52,7 @@ class Event:
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(bench_run, "Graph", EagerGraph)
     monkeypatch.setattr(bench_run, "run_once", lambda layers: None)
 
