@@ -57,10 +57,7 @@ def bench(
     header |= {"clocks_at_the_end": _clocks()}
     for variant in variants:
         for cell in cells:
-            layers = packed.layers(variant, cell.tokens)
-            run.measure_ours(
-                cell, variant, [as_forward(layer) for layer in layers], layers[0].kernel_name(cell.tokens), alone=False
-            )
+            run.measure_policy(cell, variant, packed)
     return Result(header, run.measurements, run.missing)
 
 
@@ -77,7 +74,7 @@ class _Run:
             return [PEERS[name](self.model, weights) for weights in self.sets.layers]
         except Exception as error:  # a peer may fail in any way; that must not cost the other numbers
             absent = isinstance(error, ModuleNotFoundError) and error.name == name
-            self.missing.append(Missing(who=name, tokens=None, reason="not installed" if absent else _line(error)))
+            self._miss(name, None, "not installed" if absent else _line(error))
             return None
 
     def measure_reads(self, cell: Cell, reads: ReadKernels) -> None:
@@ -99,6 +96,16 @@ class _Run:
                 self._add(cell, OURS, "alone", variant, **asdict(checked), kernel=kernel)
         self._step()
 
+    def measure_policy(self, cell: Cell, variant: str, packed: PackedSets) -> None:
+        try:
+            layers = packed.layers(variant, cell.tokens)
+        except ValueError as error:  # no kernel can do it
+            self._miss(f"{OURS} {variant}", cell.tokens, str(error))
+            self._step()
+            return
+        kernel = layers[0].kernel_name(cell.tokens)
+        self.measure_ours(cell, variant, [as_forward(layer) for layer in layers], kernel, alone=False)
+
     def measure_peer(self, cell: Cell, name: str, forwards: Sequence[Forward]) -> None:
         try:
             for how in _ways(cell.routing):
@@ -107,7 +114,7 @@ class _Run:
                 checked = check_and_time([Graph(layers)], cell.layers, self.repeats)
                 self._add(cell, name, how, "", **asdict(checked))
         except Exception as error:  # as in make_peer
-            self.missing.append(Missing(who=name, tokens=cell.tokens, reason=_line(error)))
+            self._miss(name, cell.tokens, _line(error))
         self._step()
 
     def _add(self, cell: Cell, who: str, how: How, variant: str, **measured: Any) -> None:
@@ -124,6 +131,9 @@ class _Run:
                 **measured,
             )
         )
+
+    def _miss(self, who: str, tokens: int | None, reason: str) -> None:
+        self.missing.append(Missing(who=who, tokens=tokens, reason=reason))
 
     def _step(self) -> None:
         self._steps += 1

@@ -82,7 +82,7 @@ def describe(result: Result) -> str:
 LEGEND = (
     "read: the ceiling, the fastest of several kernels that only read as many bytes as the chosen experts' weights "
     "have, timed the same way. ours: flashmoe, the router inside. spread: from the 10th to the 90th percentile. share: "
-    "the ceiling's time over that of the layer. given: flashmoe, the routing from outside. alone: each layer in a graph "
+    "the ceiling's time over the layer's. given: flashmoe, the routing from outside. alone: each layer in a graph "
     "of its own, its weights in no cache; that includes the start of a graph (an empty one takes {empty:.1f} µs), and "
     "nothing overlaps with a layer before or after. Every output was compared with float32 on the same routing, in "
     "buffers that held NaN, before and after the timed replays."

@@ -178,6 +178,20 @@ def test_a_peer_that_is_not_there_is_not_installed(monkeypatch: pytest.MonkeyPat
     assert run.missing[0].reason == "not installed"
 
 
+def test_a_policy_that_no_kernel_can_do_is_missing_with_the_reason() -> None:
+    run, cell, steps = make("gate")
+
+    class Refusing:
+        def layers(self, variant: str, max_tokens: int) -> Any:
+            raise ValueError("queue push (the kernel does ticket)")
+
+    run.measure_policy(cell, "push", Refusing())  # type: ignore[arg-type]
+    assert [(m.who, m.tokens, m.reason) for m in run.missing] == [
+        ("flashmoe push", 4, "queue push (the kernel does ticket)")
+    ]
+    assert run.measurements == [] and steps == [(1, 2)]
+
+
 def test_policies_are_cut_in_their_own_way_and_as_tuned() -> None:
     assert ours.policy_variants(["ticket", "ancestor"]) == ["ticket", "ticket, tuned tiling", "ancestor"]
     with pytest.raises(ValueError, match="policy='fifo'"):
