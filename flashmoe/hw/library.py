@@ -94,7 +94,7 @@ class Library:
             self._dll = c.CDLL(str(path))
         except OSError as error:
             raise BuildError(f"cannot load {path}: {error}") from error
-        for name in ("error", "kernel_name", "read_name"):
+        for name in ("error", "kernel_name", *(("read_name",) if backend == "cuda" else ())):
             self._function(name).restype = c.c_char_p
         for name in ("pack_scratch", "workspace_bytes"):
             self._function(name).restype = u64

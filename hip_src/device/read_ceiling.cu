@@ -1,8 +1,5 @@
 // Kernels that only read: the best of them says what the memory gives for so many bytes.
-#include <cuda_runtime.h>
-
-#include "api.h"
-#include "error.hpp"
+#include "layer.hpp"
 #include "pipeline/sm90.cuh"
 
 namespace {

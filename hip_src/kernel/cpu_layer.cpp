@@ -45,11 +45,13 @@ class Disturber {
 };
 
 template <class Element>
-void run_worker(const Launch& launch, u32 pe, u32 worker, TraceBuffer& trace,
-                const Disturbance& disturbance) {
-  Math<Element> math(launch);
+void run_worker(const Launch& launch, const LaunchPe* pes, char* const* heaps, u32 pe, u32 worker,
+                TraceBuffer& trace, const Disturbance& disturbance) {
+  WorkerMemory memory{PeView(launch, pes, heaps, pe), {}};
+  Math<Element> math(memory.view);
   Disturber disturber(disturbance, pe, worker);
-  Worker<Math<Element>, Disturber>(launch, pe, worker, trace, math, disturber).run();
+  Watchdog watchdog(memory.view, worker);
+  Worker<Math<Element>, Disturber, TraceBuffer>(memory, watchdog, worker, trace, math, disturber).run();
 }
 
 }  // namespace
@@ -85,7 +87,6 @@ CpuLayer::CpuLayer(const LayerConfig& config, const void* gate, const void* gate
       traces_.push_back(TraceBuffer{records, config.trace_capacity, 0, 0});
     }
   }
-  launch_.heaps = heap_bases_.data();
   launch_.fault = &fault_;
 }
 
@@ -103,7 +104,6 @@ void CpuLayer::begin(const std::vector<PeInput>& inputs, bool gate_inside) {
                             input.num_tokens, input.replay_offset.data(), input.replay_ids.data(),
                             input.replay_digest});
   }
-  launch_.pes = pes_.data();
   launch_.gate_inside = gate_inside ? 1 : 0;
   for (TraceBuffer& trace : traces_) trace.size = trace.drops = 0;
   fault_ = FaultReport{};
@@ -123,9 +123,9 @@ void CpuLayer::run_pe(u32 pe, const Disturbance& disturbance) {
     TraceBuffer& trace = traces_[pe * config_.num_workers + worker];
     try {
       if (config_.shape.dtype == DType::bf16) {
-        run_worker<bf16>(launch_, pe, worker, trace, disturbance);
+        run_worker<bf16>(launch_, pes_.data(), heap_bases_.data(), pe, worker, trace, disturbance);
       } else {
-        run_worker<float>(launch_, pe, worker, trace, disturbance);
+        run_worker<float>(launch_, pes_.data(), heap_bases_.data(), pe, worker, trace, disturbance);
       }
     } catch (const std::bad_alloc&) {
       give_up(pe, worker);

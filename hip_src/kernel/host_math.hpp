@@ -7,21 +7,14 @@
 #include <limits>
 #include <vector>
 
-#include "pe_view.hpp"
+#include "dispatch.hpp"
+#include "flashmoe/bf16.hpp"
+#include "flashmoe/policy.hpp"
 
 namespace flashmoe::host {
 
-struct bf16 {
-  u16 bits;
-};
-
-inline float to_float(float value) { return value; }
-inline float to_float(bf16 value) {
-  const u32 bits = u32{value.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
+using flashmoe::bf16;
+using flashmoe::to_float;
 
 template <class Element>
 Element from_float(float value);
@@ -31,10 +24,7 @@ inline float from_float<float>(float value) {
 }
 template <>
 inline bf16 from_float<bf16>(float value) {
-  u32 bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return bf16{static_cast<u16>((bits >> 16) | 0x40)};  // a NaN must not round to infinity
-  return bf16{static_cast<u16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
+  return to_bf16(value);
 }
 
 //! Dot product of length n: 16 running sums, added up as a tree.
@@ -88,19 +78,21 @@ inline void route_token(const float* logits, u32 num_experts, u32 top_k, bool re
 template <class Element>
 class Math {
  public:
-  explicit Math(const Launch& launch) : launch_(launch), shape_(launch.shape), tiling_(launch.tiling) {
+  explicit Math(const PeView& view)
+      : launch_(view.launch), shape_(view.launch.shape), tiling_(view.launch.tiling) {
     if (tiling_.down != Down::rows) return;
-    const std::size_t tokens = std::size_t{shape_.num_pes} * launch.limits.max_tokens;
+    const std::size_t tokens = std::size_t{shape_.num_pes} * launch_.limits.max_tokens;
     sums_.resize(tokens * tiling_.down_rows);
     touched_.resize(tokens);
   }
 
-  void gate(const Task& task, const void* x, float* logits) const {
+  void gate(const Task& task, const PeView& view) const {
+    auto* logits = view.at<float>(launch_.workspace.logits);
     const u32 first = task.tile * tiling_.gate_experts;
     const u32 rest = shape_.num_experts - first;
     const u32 end = first + (rest < tiling_.gate_experts ? rest : tiling_.gate_experts);
     for (u32 token = task.first; token < task.first + task.num_tokens; ++token) {
-      const Element* row = static_cast<const Element*>(x) + std::size_t{token} * shape_.d_model;
+      const Element* row = static_cast<const Element*>(view.own.x) + std::size_t{token} * shape_.d_model;
       for (u32 expert = first; expert < end; ++expert) {
         const float logit = dot(matrix_row(launch_.gate, expert, shape_.d_model), row, shape_.d_model);
         // rounded to the layer's dtype, as a linear layer of a bf16 model does: it decides near-ties
@@ -109,9 +101,16 @@ class Math {
     }
   }
 
-  void route(const float* logits, std::int32_t* topk_idx, float* topk_weights) const {
-    route_token(logits, shape_.num_experts, shape_.top_k, shape_.norm_topk_prob != 0, topk_idx, topk_weights);
+  void route(const Task& task, const PeView& view) const {
+    for (std::size_t token = task.first; token < task.first + task.num_tokens; ++token) {
+      route_token(view.at<float>(launch_.workspace.logits) + token * shape_.num_experts, shape_.num_experts,
+                  shape_.top_k, shape_.norm_topk_prob != 0,
+                  view.at<std::int32_t>(launch_.workspace.topk_idx) + token * shape_.top_k,
+                  view.at<float>(launch_.workspace.topk_weights) + token * shape_.top_k);
+    }
   }
+
+  u32 dispatch(const Task& task, const PeView& view) const { return dispatch_rows(task, view, 0, 1, copy); }
 
   void up(const Task& task, u32 tile, const PeView& view) const {
     const u32 first = tile * tiling_.up_rows;
@@ -167,7 +166,7 @@ class Math {
     const bool straight_out = !tiling_.has_combine(shape_);
     const u32 result_slot = graph.pe * tiling_.groups(shape_) + group;
     for (u32 src = 0; src < shape_.num_pes; ++src) {
-      for (u32 token = 0; token < launch_.pes[src].num_tokens; ++token) {
+      for (u32 token = 0; token < view.num_tokens(src); ++token) {
         const std::size_t slot = std::size_t{src} * launch_.limits.max_tokens + token;
         if (!touched_[slot]) continue;
         auto* row = static_cast<Element*>(straight_out ? view.out(token)
@@ -207,6 +206,20 @@ class Math {
   }
 
   static void copy(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  static void zero(void* to, std::size_t bytes) { std::memset(to, 0, bytes); }
+
+  u32 landed_rows(u32 src, const PeView& view) const {
+    u32 rows = 0;
+    for (u32 token = 0; token < view.num_tokens(src); ++token) rows += view.has_landed(src, token) ? 1 : 0;
+    return rows;
+  }
+
+  void plan(const PeView& view) const {
+    build_plan(
+        view.graph.plan, shape_, tiling_, view.pe, [&](u32 src) { return view.num_tokens(src); },
+        [&](u32 src, u32 token) { return view.topk_of(src, token); });
+    build_sequence(view.graph.plan, shape_, launch_.policy.order, view.pe, view.key_scratch);
+  }
 
  private:
   static const Element* matrix_row(const void* matrix, std::size_t row, u32 columns) {

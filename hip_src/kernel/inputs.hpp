@@ -5,20 +5,22 @@
 
 namespace flashmoe {
 
+template <class Math>
 class Inputs {
  public:
-  Inputs(PeView& view, Watchdog& watchdog) : view_(view), watchdog_(watchdog) {}
+  FLASHMOE_FN Inputs(const PeView& view, Watchdog& watchdog, Math& math)
+      : view_(view), watchdog_(watchdog), math_(math) {}
 
-  bool are_ready(const Task& task, Missing& missing) {
+  FLASHMOE_FN bool are_ready(const Task& task, Missing& missing) {
     bool all = true;
     view_.graph.for_each_wait(task, [&](Event event) { all = all && has_happened(event, missing); });
     return all;
   }
 
-  bool is_planned() const { return planned_; }
+  FLASHMOE_FN bool is_planned() const { return planned_; }
 
   //! True when the PE knows its tokens per expert. The first worker to find all inputs there builds the plan.
-  bool has_plan(Missing& missing) {
+  FLASHMOE_FN bool has_plan(Missing& missing) {
     if (planned_) return true;
     u32* state = view_.at<u32>(view_.counters.plan_state);
     constexpr u32 building = 1, ready = 2;
@@ -38,7 +40,7 @@ class Inputs {
   }
 
  private:
-  bool has_happened(Event event, Missing& missing) {
+  FLASHMOE_FN bool has_happened(Event event, Missing& missing) {
     switch (event.kind) {
       // Acquire on each: pairs with the acq_rel additions of the tasks that made the input.
       case EventKind::gated:
@@ -62,14 +64,14 @@ class Inputs {
     return false;
   }
 
-  bool reached(const u32* counter, u32 target, Event event, Missing& missing) const {
+  FLASHMOE_FN bool reached(const u32* counter, u32 target, Event event, Missing& missing) const {
     const u32 seen = load_acquire<Scope::device>(counter);
     if (seen == target) return true;
     missing = Missing{event.kind, event.index, none, seen, target};
     return false;
   }
 
-  bool everything_landed(Missing& missing) const {
+  FLASHMOE_FN bool everything_landed(Missing& missing) const {
     if (!reached(view_.at<u32>(view_.counters.num_routed), view_.graph.num_route(),
                  Event{EventKind::planned, 0}, missing)) {
       missing.src = view_.pe;
@@ -86,27 +88,15 @@ class Inputs {
     return true;
   }
 
-  void make_plan() {
-    const Heap own = view_.heap(view_.pe);
-    // relaxed: everything_landed acquired them
-    auto word = [&](u32 src) { return LandedWord::unpack(load_relaxed<Scope::system>(own.landed(src))); };
-    auto num_tokens = [&](u32 src) { return src == view_.pe ? view_.own.num_tokens : word(src).num_tokens; };
-    auto topk_of = [&](u32 src, u32 token) -> const std::int32_t* {
-      if (src == view_.pe) return view_.graph.topk_idx + u64{token} * view_.launch.shape.top_k;
-      return *own.tag(src, token) == view_.epoch ? own.experts(src, token) : nullptr;
-    };
+  FLASHMOE_FN void make_plan() {
     for (u32 src = 0; src < view_.launch.shape.num_pes; ++src) {
       if (src == view_.pe) continue;
-      u32 rows = 0;
-      for (u32 token = 0; token < num_tokens(src); ++token)
-        rows += *own.tag(src, token) == view_.epoch ? 1 : 0;
-      if (rows == word(src).num_rows) continue;
+      const u32 rows = math_.landed_rows(src, view_), told = view_.landed(src).num_rows;
+      if (rows == told) continue;
       return watchdog_.raise(FaultKind::landed_mismatch, none,
-                             Missing{EventKind::planned, 0, src, rows, word(src).num_rows}, 0);
+                             Missing{EventKind::planned, 0, src, rows, told}, 0);
     }
-    build_plan(view_.graph.plan, view_.launch.shape, view_.launch.tiling, view_.pe, num_tokens, topk_of);
-    build_sequence(view_.graph.plan, view_.launch.shape, view_.launch.policy.order, view_.pe,
-                   view_.key_scratch);
+    math_.plan(view_);
     const u64 digest = plan_digest(view_.graph.plan.entry_offset, view_.graph.plan.num_local);
     if (view_.launch.policy.queue == QueueKind::replay && digest != view_.own.replay_digest) {
       watchdog_.raise(FaultKind::replay_mismatch, none,
@@ -114,8 +104,9 @@ class Inputs {
     }
   }
 
-  PeView& view_;
+  const PeView& view_;
   Watchdog& watchdog_;
+  Math& math_;
   bool planned_ = false;
 };
 

@@ -35,8 +35,6 @@ struct Launch {
   const void* gate;     // [num_experts][d_model]
   const void* gate_up;  // [num_experts][2 d_ff][d_model], gate rows first
   const void* down;     // [num_experts][d_model][d_ff]
-  char* const* heaps;   // [num_pes] symmetric heaps
-  const LaunchPe* pes;  // [num_pes]
   FaultReport* fault;
 };
 

@@ -7,10 +7,10 @@ namespace flashmoe {
 
 class Signals {
  public:
-  Signals(const PeView& view, const PushQueue& push) : view_(view), push_(push) {}
+  FLASHMOE_FN Signals(const PeView& view, const PushQueue& push) : view_(view), push_(push) {}
 
   //! rows: how many a dispatch has sent.
-  void signal(const Task& task, u32 rows) {
+  FLASHMOE_FN void signal(const Task& task, u32 rows) {
     switch (task.kind) {
       case TaskKind::gate:
         if (arrive(view_.counters.gated, task.block) == view_.launch.tiling.gate_tiles(view_.launch.shape)) {
@@ -64,26 +64,21 @@ class Signals {
   }
 
   //! Publishes `count` tasks in a row, if the policy has a push queue.
-  void push_range(u32 first, u32 count) {
+  FLASHMOE_FN void push_range(u32 first, u32 count) {
     if (view_.launch.policy.queue != QueueKind::push || count == 0) return;
     const u32 place = push_.reserve(count);
     for (u32 i = 0; i < count; ++i) push_.publish(place + i, first + i);
   }
 
  private:
-  void signal_tile(const Task& task) {
+  FLASHMOE_FN void signal_tile(const Task& task) {
     const u32 local = task.expert - view_.pe * view_.graph.plan.num_local;
     const u32 tasks = view_.graph.plan.expert_blocks(local) * view_.graph.down_per_block();
     if (arrive(view_.counters.done, local) != tasks) return;
-    u32 src = none;
-    for (u32 i = view_.graph.plan.entry_offset[local]; i < view_.graph.plan.entry_offset[local + 1]; ++i) {
-      if (view_.graph.plan.entries[i].src == src) continue;
-      src = view_.graph.plan.entries[i].src;
-      publish_result(src, task.expert, tasks);
-    }
+    view_.graph.plan.for_each_source(local, [&](u32 src) { publish_result(src, task.expert, tasks); });
   }
 
-  void signal_rows(const Task& task) {
+  FLASHMOE_FN void signal_rows(const Task& task) {
     if (!view_.graph.ends_chain(task) || !view_.launch.tiling.has_combine(view_.launch.shape)) return;
     const u32 group = view_.graph.group_of(task);
     const u32 tasks = view_.launch.tiling.down_tiles(view_.launch.shape);
@@ -96,17 +91,17 @@ class Signals {
 
   //! acq_rel at system scope: releases this task's stores, to this PE and to others; the last to arrive
   //! acquires those of all the others, and what it publishes next covers them, too.
-  u32 arrive(u64 counters_offset, u32 index) {
+  FLASHMOE_FN u32 arrive(u64 counters_offset, u32 index) {
     return fetch_add_acq_rel<Scope::system>(view_.at<u32>(counters_offset) + index, 1u) + 1;
   }
 
   //! release at system scope: pairs with the acquire in has_happened at the owner of the tokens.
-  void publish_result(u32 dst, u32 word, u32 num_tasks) {
+  FLASHMOE_FN void publish_result(u32 dst, u32 word, u32 num_tasks) {
     store_release<Scope::system>(view_.heap(dst).result(word), result_word_of(view_.epoch, num_tasks));
   }
 
   const PeView& view_;
-  const PushQueue& push_;
+  PushQueue push_;
 };
 
 }  // namespace flashmoe

@@ -6,16 +6,16 @@ namespace flashmoe {
 
 class Watchdog {
  public:
-  Watchdog(const PeView& view, u32 worker) : view_(view), worker_(worker) {}
+  FLASHMOE_FN Watchdog(const PeView& view, u32 worker) : view_(view), worker_(worker) {}
 
   //! True when the launch cannot go on, here or anywhere else: the worker leaves.
-  bool stopped() const { return stopped_; }
-  void stop() { stopped_ = true; }
+  FLASHMOE_FN bool stopped() const { return stopped_; }
+  FLASHMOE_FN void stop() { stopped_ = true; }
   //! The worker has something to do again.
-  void reset() { waiting_since_ = 0; }
+  FLASHMOE_FN void reset() { waiting_since_ = 0; }
 
   //! One turn of a wait: gives the core away, ends the launch when the wait is past its deadline.
-  void keep_waiting(u32 id, const Missing& missing) {
+  FLASHMOE_FN void keep_waiting(u32 id, const Missing& missing) {
     const u64 now_ns = clock_ns();
     if (waiting_since_ == 0) waiting_since_ = now_ns;
     if (now_ns - waiting_since_ > view_.launch.deadline_ns) {
@@ -25,7 +25,7 @@ class Watchdog {
     pause();
   }
 
-  void raise(FaultKind kind, u32 id, const Missing& missing, u64 waited_ns) {
+  FLASHMOE_FN void raise(FaultKind kind, u32 id, const Missing& missing, u64 waited_ns) {
     stopped_ = true;
     FaultReport& fault = *view_.launch.fault;
     if (!fault.claim()) return;

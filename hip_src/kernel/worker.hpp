@@ -7,15 +7,33 @@
 
 namespace flashmoe {
 
-template <class Math, class Hooks>
+//! A pick in a worker's hands.
+struct Held {
+  u32 rank;  // in the policy's order; for replay the place in the worker's list
+  u32 id;    // none while the plan is not there
+  u64 ticket_ns;
+  u32 flags;
+};
+
+//! What a worker looks at all the time. On a device it lies in the work-group's own memory.
+struct WorkerMemory {
+  PeView view;
+  Held held[max_look_ahead + 1];
+};
+
+//! Math does the work of tasks, view in hand: gate, route, dispatch (which returns the rows sent), up, down,
+//! down_rows, combine; copy and zero; landed_rows (how many came from a PE) and plan.
+template <class Math, class Hooks, class Trace>
 class Worker {
  public:
-  Worker(const Launch& launch, u32 pe, u32 worker, TraceBuffer& trace, Math& math, Hooks& hooks)
-      : view_(launch, pe),
+  FLASHMOE_FN Worker(WorkerMemory& memory, Watchdog& watchdog, u32 worker, Trace& trace, Math& math,
+                     Hooks& hooks)
+      : view_(memory.view),
+        held_(memory.held),
         push_{view_.at<u32>(view_.counters.heads), view_.at<u32>(view_.counters.tail),
-              view_.at<u64>(launch.workspace.slots), view_.epoch},
-        watchdog_(view_, worker),
-        inputs_(view_, watchdog_),
+              view_.at<u64>(view_.launch.workspace.slots), view_.epoch},
+        watchdog_(watchdog),
+        inputs_(view_, watchdog_, math),
         signals_(view_, push_),
         worker_(worker),
         trace_(trace),
@@ -23,10 +41,10 @@ class Worker {
         hooks_(hooks) {}
 
   //! One epoch.
-  void run() {
+  FLASHMOE_FN void run() {
     if (worker_ == 0) {
       const WorkspaceLayout::Counters& idle = view_.launch.workspace.counters[(view_.epoch + 1) % 2];
-      for (u64 offset = idle.begin; offset < idle.end; offset += sizeof(u64)) *view_.at<u64>(offset) = 0;
+      math_.zero(view_.at<char>(idle.begin), idle.end - idle.begin);
     }
     if (view_.launch.policy.queue == QueueKind::push) {
       run_push();
@@ -42,18 +60,12 @@ class Worker {
   }
 
  private:
-  struct Held {
-    u32 rank;  // in the policy's order; for replay the place in the worker's list
-    u32 id;    // none while the plan is not there
-    u64 ticket_ns;
-    u16 flags;
-  };
   // --- ticket, domain, static, replay
 
   //! Runs the oldest pick in hand that is ready. Takes another one only past a pick that waits for this PE's
   //! own work: so a lone worker's order never depends on the timing of others.
-  void run_ranks() {
-    Held held[max_look_ahead + 1];
+  FLASHMOE_FN void run_ranks() {
+    Held* const held = held_;
     u32 count = 0;
     u32 replay_turn = 0;
     bool exhausted = false;
@@ -64,10 +76,13 @@ class Worker {
       --count;
     };
     while (!watchdog_.stopped()) {
-      Missing missing{}, other{};  // what the oldest pick waits for is what a report names
+      Missing missing{};  // what the oldest pick waits for is what a report names
       u32 ready = 0;
-      while (ready < count && !is_ready(held[ready], count == 1, source, ready == 0 ? missing : other))
-        ++ready;
+      for (; ready < count; ++ready) {
+        Missing lacks{};
+        if (is_ready(held[ready], count == 1, source, lacks)) break;
+        if (ready == 0) missing = lacks;
+      }
       for (u32 i = 0; i < count; ++i) {
         if (held[i].rank != none) continue;  // turned out to be past the end
         exhausted = true;
@@ -112,7 +127,7 @@ class Worker {
     }
   }
 
-  bool waits_for_own_pe(const Held& held) const {
+  FLASHMOE_FN bool waits_for_own_pe(const Held& held) const {
     return held.id != none && flashmoe::waits_for_own_pe(view_.graph.decode(held.id).kind);
   }
 
@@ -120,7 +135,7 @@ class Worker {
   //! Beside others in hand a pick needs the inputs of its whole chain: waiting inside a chain, the worker
   //! could not run the others, and one of them (an older one, or one stolen from another domain) may make
   //! what the chain lacks.
-  bool is_ready(Held& held, bool alone, RankSource& source, Missing& missing) {
+  FLASHMOE_FN bool is_ready(Held& held, bool alone, RankSource& source, Missing& missing) {
     if (held.id == none) {
       const bool replay = view_.launch.policy.queue == QueueKind::replay;
       const u32 early = PickOrder(view_.graph, view_.launch.policy.order).num_early();
@@ -142,16 +157,18 @@ class Worker {
     return true;
   }
 
-  u32 chain_length(u32 first) const { return first < view_.graph.first_up() ? 1 : view_.graph.chain(first); }
+  FLASHMOE_FN u32 chain_length(u32 first) const {
+    return first < view_.graph.first_up() ? 1 : view_.graph.chain(first);
+  }
 
   //! Picks of this PE, or none while the plan is not there.
-  u32 num_picks() const {
+  FLASHMOE_FN u32 num_picks() const {
     return inputs_.is_planned() ? PickOrder(view_.graph, view_.launch.policy.order).size() : none;
   }
 
   // --- push
 
-  void run_push() {
+  FLASHMOE_FN void run_push() {
     if (worker_ == 0) push_first_tasks();
     while (!watchdog_.stopped()) {
       const u64 ticket_ns = now();
@@ -173,7 +190,7 @@ class Worker {
   }
 
   //! Tasks without inputs.
-  void push_first_tasks() {
+  FLASHMOE_FN void push_first_tasks() {
     const u32 first = view_.graph.first_task();
     u32 end = view_.launch.gate_inside ? view_.graph.first_route() : view_.graph.first_dispatch();
     if (view_.graph.num_tokens == 0) end = view_.graph.first_up();
@@ -183,7 +200,7 @@ class Worker {
   //! Waiting workers find what no task of this PE completes: the plan, and then each combine in turn. One at
   //! a time, and strictly in that sequence, so that a lone worker's order does not depend on timing. True
   //! when it found some.
-  bool find_ready_tasks(Missing& missing) {
+  FLASHMOE_FN bool find_ready_tasks(Missing& missing) {
     if (!inputs_.has_plan(missing)) return false;
     constexpr u32 busy = 1u << 31;
     u32* cursor = view_.at<u32>(view_.counters.cursor);
@@ -213,7 +230,7 @@ class Worker {
 
   // --- running
 
-  void run_pick(u32 first, u64 ticket_ns, u16 flags) {
+  FLASHMOE_FN void run_pick(u32 first, u64 ticket_ns, u16 flags) {
     const u32 length = chain_length(first);
     for (u32 i = 0; i < length && !watchdog_.stopped(); ++i) {
       const Task task = view_.graph.decode(first + i);
@@ -234,7 +251,7 @@ class Worker {
     }
   }
 
-  void run_task(const Task& task, u64 ticket_ns, u64 ready_ns, u16 flags) {
+  FLASHMOE_FN void run_task(const Task& task, u64 ticket_ns, u64 ready_ns, u16 flags) {
     const u64 start_ns = now();
     const u32 rows = compute(task);
     const u64 end_ns = now();
@@ -249,16 +266,16 @@ class Worker {
   }
 
   //! Does the work of a task, stores to other PEs included; returns the rows that a dispatch sent.
-  u32 compute(const Task& task) {
+  FLASHMOE_FN u32 compute(const Task& task) {
     switch (task.kind) {
       case TaskKind::gate:
-        math_.gate(task, view_.own.x, view_.at<float>(view_.launch.workspace.logits));
+        math_.gate(task, view_);
         return 0;
       case TaskKind::route:
         route(task);
         return 0;
       case TaskKind::dispatch:
-        return dispatch(task);
+        return math_.dispatch(task, view_);
       case TaskKind::up:
         math_.up(task, task.tile, view_);
         return 0;
@@ -282,54 +299,34 @@ class Worker {
     return 0;
   }
 
-  void route(const Task& task) {
-    const u32 top_k = view_.launch.shape.top_k;
-    std::int32_t* topk_idx = view_.at<std::int32_t>(view_.launch.workspace.topk_idx);
-    float* topk_weights = view_.at<float>(view_.launch.workspace.topk_weights);
+  FLASHMOE_FN void route(const Task& task) {
+    if (view_.launch.gate_inside) return math_.route(task, view_);
+    const u64 first = u64{task.first} * view_.launch.shape.top_k;
+    const u32 bytes = task.num_tokens * view_.launch.shape.top_k * 4;
+    math_.copy(view_.at<std::int32_t>(view_.launch.workspace.topk_idx) + first, view_.own.topk_idx + first,
+               bytes);
+    math_.copy(view_.at<float>(view_.launch.workspace.topk_weights) + first, view_.own.topk_weights + first,
+               bytes);
+    if (view_.launch.tiling.has_combine(view_.launch.shape)) return;
     for (u32 token = task.first; token < task.first + task.num_tokens; ++token) {
-      const u64 slot = u64{token} * top_k;
-      if (view_.launch.gate_inside) {
-        math_.route(
-            view_.at<float>(view_.launch.workspace.logits) + u64{token} * view_.launch.shape.num_experts,
-            topk_idx + slot, topk_weights + slot);
-        continue;
-      }
-      for (u32 k = 0; k < top_k; ++k) {
-        topk_idx[slot + k] = view_.own.topk_idx[slot + k];
-        topk_weights[slot + k] = view_.own.topk_weights[slot + k];
-      }
+      // no chain writes the output of a token without experts
+      if (!view_.graph.has_experts(view_.own.topk_idx, token))
+        math_.zero(view_.out(token), view_.row_bytes());
     }
   }
 
-  u32 dispatch(const Task& task) {
-    const Heap peer = view_.heap(task.peer);
-    const u64 row_bytes = u64{view_.launch.shape.d_model} * view_.launch.shape.element_bytes();
-    const u32 top_k = view_.launch.shape.top_k;
-    u32 rows = 0;
-    for (u32 token = task.first; token < task.first + task.num_tokens; ++token) {
-      if (!view_.graph.goes_to(token, task.peer)) continue;
-      math_.copy(peer.row(view_.pe, token), static_cast<const char*>(view_.own.x) + token * row_bytes,
-                 row_bytes);
-      math_.copy(peer.experts(view_.pe, token), view_.graph.topk_idx + u64{token} * top_k,
-                 top_k * sizeof(std::int32_t));
-      math_.copy(peer.weights(view_.pe, token), view_.topk_weights() + u64{token} * top_k,
-                 top_k * sizeof(float));
-      *peer.tag(view_.pe, token) = view_.epoch;
-      ++rows;
-    }
-    return rows;
-  }
+  //! Times are for the trace alone: without one the clock is not read.
+  FLASHMOE_FN u64 now() const { return Trace::enabled ? clock_ns() - view_.launch.start_ns : 0; }
+  FLASHMOE_FN static u32 narrow(u64 ns) { return ns < none ? static_cast<u32>(ns) : none; }
 
-  u64 now() const { return clock_ns() - view_.launch.start_ns; }
-  static u32 narrow(u64 ns) { return ns < none ? static_cast<u32>(ns) : none; }
-
-  PeView view_;
+  const PeView& view_;
+  Held* held_;  // [max_look_ahead + 1]
   PushQueue push_;
-  Watchdog watchdog_;
-  Inputs inputs_;
+  Watchdog& watchdog_;
+  Inputs<Math> inputs_;
   Signals signals_;
   u32 worker_;
-  TraceBuffer& trace_;
+  Trace& trace_;
   Math& math_;
   Hooks& hooks_;
 };

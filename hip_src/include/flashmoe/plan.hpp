@@ -54,6 +54,26 @@ struct Plan {
   FLASHMOE_FN u32 num_active() const { return active_offset[num_local]; }
   FLASHMOE_FN u32 expert_tokens(u32 local) const { return entry_offset[local + 1] - entry_offset[local]; }
   FLASHMOE_FN u32 expert_blocks(u32 local) const { return block_offset[local + 1] - block_offset[local]; }
+
+  //! Calls visit(src) for each PE with a token of the expert, ascending: entries are sorted by source.
+  template <class Visit>
+  FLASHMOE_FN void for_each_source(u32 local, Visit visit) const {
+    const u32 end = entry_offset[local + 1];
+    for (u32 i = entry_offset[local]; i < end;) {
+      const u32 src = entries[i].src;
+      visit(src);
+      u32 low = i, high = end;  // the first entry of another source: within (low, high]
+      while (high - low > 1) {
+        const u32 middle = low + (high - low) / 2;
+        if (entries[middle].src == src) {
+          low = middle;
+        } else {
+          high = middle;
+        }
+      }
+      i = high;
+    }
+  }
 };
 
 //! Visits the (token, slot) pairs of one source PE that go to experts [first_expert, first_expert +
@@ -75,7 +95,7 @@ FLASHMOE_FN void visit_pairs(u32 num_tokens, u32 top_k, u32 first_expert, u32 nu
 
 //! Fills the plan of PE `pe`. num_tokens(src) and topk_of(src, token) describe what each PE sent here.
 template <class NumTokens, class TopkOf>
-FLASHMOE_FN void build_plan(Plan& plan, const Shape& shape, const Tiling& tiling, u32 pe,
+FLASHMOE_FN void build_plan(const Plan& plan, const Shape& shape, const Tiling& tiling, u32 pe,
                             NumTokens num_tokens, TopkOf topk_of) {
   const u32 num_local = plan.num_local;
   const u32 first_expert = pe * num_local;

@@ -33,6 +33,8 @@ struct Policy {
 //! Sort key of an active expert, lower first; ties go by expert id.
 FLASHMOE_FN u32 expert_key(const Plan& plan, const Shape& shape, Order order, u32 pe, u32 local) {
   const u32 total = plan.expert_tokens(local);
+  if (order == Order::phase || order == Order::expert) return local;
+  if (order == Order::lpt) return ~total;
   u32 own = 0, first_met = none;
   for (u32 i = plan.entry_offset[local]; i < plan.entry_offset[local + 1]; ++i) {
     const Entry& entry = plan.entries[i];
@@ -43,24 +45,13 @@ FLASHMOE_FN u32 expert_key(const Plan& plan, const Shape& shape, Order order, u3
     first_met = met < first_met ? met : first_met;
   }
   const u32 own_share = static_cast<u32>((u64{own} << 16) / total);
-  switch (order) {
-    case Order::phase:
-    case Order::expert:
-      return local;
-    case Order::local_first:
-      return (1u << 16) - own_share;
-    case Order::remote_first:
-      return own_share;
-    case Order::lpt:
-      return ~total;
-    case Order::arrival:
-      return first_met;
-  }
-  return local;
+  if (order == Order::local_first) return (1u << 16) - own_share;
+  if (order == Order::remote_first) return own_share;
+  return first_met;  // arrival
 }
 
 //! Sorts the active experts by the order; `key` is scratch [experts_per_pe].
-FLASHMOE_FN void build_sequence(Plan& plan, const Shape& shape, Order order, u32 pe, u32* key) {
+FLASHMOE_FN void build_sequence(const Plan& plan, const Shape& shape, Order order, u32 pe, u32* key) {
   const u32 n = plan.num_active();
   for (u32 i = 0; i < n; ++i) {
     const u32 local = plan.active[i];

@@ -180,6 +180,11 @@ struct TaskGraph {
     for (u32 token = first; token < first + count; ++token) rows += goes_to(token, dst) ? 1 : 0;
     return rows;
   }
+  FLASHMOE_FN bool has_experts(const std::int32_t* experts_of_tokens, u32 token) const {
+    for (u32 k = 0; k < shape.top_k; ++k)
+      if (experts_of_tokens[token * shape.top_k + k] >= 0) return true;
+    return false;
+  }
   FLASHMOE_FN bool goes_to(u32 token, u32 dst) const {
     for (u32 k = 0; k < shape.top_k; ++k) {
       const std::int32_t expert = topk_idx[token * shape.top_k + k];
@@ -259,15 +264,12 @@ struct TaskGraph {
   template <class Visit>
   FLASHMOE_FN void signal_tile(const Task& task, u64 piece, Visit visit) const {
     const u32 local = task.expert - pe * plan.num_local;
-    u32 src = none;
-    for (u32 i = plan.entry_offset[local]; i < plan.entry_offset[local + 1]; ++i) {
-      if (plan.entries[i].src == src) continue;  // entries of an expert are sorted by source
-      src = plan.entries[i].src;
+    plan.for_each_source(local, [&](u32 src) {
       u64 rows = 0;
       for (u32 j = task.first; j < task.first + task.num_tokens; ++j)
         rows += plan.entries[j].src == src ? 1 : 0;
       visit(src, Event{EventKind::result, task.expert}, src == pe ? 0 : rows * piece);
-    }
+    });
   }
 
   template <class Visit>

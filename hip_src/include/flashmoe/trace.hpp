@@ -27,6 +27,7 @@ enum TraceFlag : u16 {
 
 //! A worker's buffer. Records past the capacity are counted, not kept.
 struct TraceBuffer {
+  static constexpr bool enabled = true;
   TraceRecord* records;
   u32 capacity;
   u32 size;
@@ -39,6 +40,12 @@ struct TraceBuffer {
       ++drops;
     }
   }
+};
+
+//! No trace: nothing of it is left in the code.
+struct NoTrace {
+  static constexpr bool enabled = false;
+  FLASHMOE_FN void add(const TraceRecord&) {}
 };
 
 }  // namespace flashmoe
