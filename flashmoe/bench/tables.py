@@ -18,7 +18,7 @@ def layer_table(result: Result, routing: str) -> Table:
         ceiling = result.ceiling(routing, tokens)
         rate = ceiling.weight_bytes / ceiling.median_us * 1e-6
         cells = [str(tokens), f"{ceiling.distinct_experts:.1f}", f"{ceiling.weight_bytes * 1e-6:,.0f}"]
-        cells += [f"{ceiling.median_us:.1f}", f"{rate:.2f}"]
+        cells += [_time(ceiling), f"{rate:.2f}"]
         gate = result.find(routing, tokens, OURS, "gate", "tuned")
         given = result.find(routing, tokens, OURS, "given", "tuned")
         cells += [_time(gate), _spread(gate), _share(result, gate)] if has_gate else []
@@ -100,9 +100,7 @@ def notes(result: Result) -> list[str]:
     lines.append(
         f"Not the same bits in every replay: {', '.join(moving)}." if moving else "All replays gave the same bits."
     )
-    for gap in result.missing:
-        where = "" if gap.tokens is None else f" at {gap.tokens} tokens"
-        lines.append(f"Not measured: {gap.who}{where} ({gap.reason}).")
+    lines += _gaps(result)
     lines += [
         f"Wrong: {_name(row)}, {row.tokens} tokens, routing {row.routing}: {row.error:.2g}." for row in result.wrong()
     ]
@@ -121,10 +119,26 @@ def readme(result: Result) -> str:
     return "\n".join(parts)
 
 
+def _gaps(result: Result) -> list[str]:
+    """A line for each reason, with everybody it holds for."""
+    tokens_by_who: dict[tuple[str, str], list[int]] = {}  # (reason, who)
+    for gap in result.missing:
+        tokens = tokens_by_who.setdefault((gap.reason, gap.who), [])
+        if gap.tokens is not None and gap.tokens not in tokens:
+            tokens.append(gap.tokens)
+    who_by_rest: dict[tuple[str, str], list[str]] = {}  # (reason, tokens in words)
+    for (reason, who), tokens in tokens_by_who.items():
+        where = f" at {', '.join(map(str, tokens))} tokens" if tokens else ""
+        who_by_rest.setdefault((reason, where), []).append(who)
+    return [f"Not measured: {', '.join(who)}{where} ({reason})." for (reason, where), who in who_by_rest.items()]
+
+
 def _time(row: Measurement | None) -> str:
     if row is None:
         return "-"
-    return f"{row.median_us:.1f}" if row.right else "wrong"
+    if not row.right:
+        return "wrong"
+    return f"{row.median_us:.1f}" if row.median_us < 1000 else f"{row.median_us:,.0f}"
 
 
 def _spread(row: Measurement | None) -> str:

@@ -11,7 +11,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import bench, build, check, compare, demo, doctor, explain, export, presets, run, simulate, sweep, tune
+from flashmoe.cli import (
+    bench,
+    build,
+    check,
+    compare,
+    demo,
+    doctor,
+    explain,
+    export,
+    presets,
+    run,
+    simulate,
+    sweep,
+    tune,
+)
 from flashmoe.cli.screen import errors_as_exit_status
 
 __all__ = ["app", "main"]

@@ -11,7 +11,7 @@ import pytest
 from bench.measured import row, small_result
 
 from flashmoe.bench import tables
-from flashmoe.bench.result import Result
+from flashmoe.bench.result import Missing, Result
 
 
 def test_the_ceiling_is_the_fastest_read_and_the_share_is_of_it() -> None:
@@ -103,6 +103,17 @@ def test_notes_say_what_is_missing_and_what_is_wrong() -> None:
     assert "Not measured: torch at 8 tokens (RuntimeError: no)." in notes
     assert "Wrong: torch gate, 8 tokens, routing gate: nan." in notes
     assert "All replays gave the same bits." in notes  # of the right ones
+
+
+def test_what_is_missing_for_one_reason_is_one_line() -> None:
+    gaps = [("push", 8), ("push", 64), ("push", 8), ("ancestor", 8), ("ancestor", 64)]
+    missing = [Missing(who=who, tokens=tokens, reason="no such kernel") for who, tokens in gaps]
+    missing.append(Missing(who="push", tokens=1, reason="other"))
+    lines = [line for line in tables.notes(Result(small_result().header, [], missing)) if "Not measured" in line]
+    assert lines == [
+        "Not measured: push, ancestor at 8, 64 tokens (no such kernel).",
+        "Not measured: push at 1 tokens (other).",
+    ]
 
 
 def test_readme_has_the_command_and_the_tables() -> None:
