@@ -94,9 +94,9 @@ def build_library(model: MoEModel, target: str = "sm_90", *, progress: Callable[
 
 def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> str:
     """Make the library of all files that this compiler takes, and give what it said."""
-    files = sorted(folder.glob(f"*{compiler.suffix}"))
+    files = sorted(file for file in folder.iterdir() if file.suffix in compiler.suffixes)
     if not files:
-        raise BuildError(f"{folder} has no {compiler.suffix} file")
+        raise BuildError(f"{folder} has no {' or '.join(compiler.suffixes)} file")
     if compiler.device_libraries is not None:
         flags = [*flags, f"--hip-device-lib-path={_with_gfx942(compiler.device_libraries, made.parent / 'bitcode')}"]
     objects = [made.parent / f"{file.stem}.o" for file in files]

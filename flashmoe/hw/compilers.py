@@ -24,11 +24,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler that makes code for a target. Files of this suffix are compiled, then linked to one library."""
+    """A compiler that makes code for a target. Files of these suffixes are compiled, then linked to one library."""
 
     path: str
     version: str
-    suffix: str
+    suffixes: tuple[str, ...]  # .hip is for every target
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
     device_libraries: Path | None = None  # AMD's bitcode that the compiler does not find by itself
@@ -58,8 +58,8 @@ def _cuda() -> Compiler:
         raise BuildError(f"{path} is version {version} (install the CUDA toolkit, 12.4 or later)")
     if shutil.which("g++") is None:
         raise BuildError("nvcc needs a host compiler, and g++ is not in PATH (install g++)")
-    compile_flags = ("-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--threads", "0", "-Xptxas=-v")
-    return Compiler(path, version, ".cu", compile_flags, ("-cudart", "static"))
+    compile_flags = ("-x", "cu", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--threads", "0", "-Xptxas=-v")
+    return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static"))
 
 
 def _hip() -> Compiler:
@@ -68,7 +68,7 @@ def _hip() -> Compiler:
     if path is not None:
         version = _version(path, r"HIP version: (\d+\.\d+)")
         if _numbers(version) >= _OLDEST_HIPCC:
-            return Compiler(path, version, ".hip", ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942",))
+            return Compiler(path, version, (".hip",), ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942",))
         found = f"{path} is version {version}, and there is no clang++-19 in PATH"
     clang = shutil.which("clang++-19")
     if clang is None:
@@ -78,7 +78,7 @@ def _hip() -> Compiler:
     return Compiler(
         clang,
         _version(clang, r"clang version (\d+\.\d+\.\d+)"),
-        ".hip",
+        (".hip",),
         ("-x", "hip", "--offload-arch=gfx942", "--rocm-path=/usr", "-fPIC"),
         ("--hip-link", "--offload-arch=gfx942", "--rocm-path=/usr", "-lamdhip64"),
         _DEVICE_LIBRARIES,

@@ -36,13 +36,15 @@ __global__ void pack_expert(const u16* from, u16* to, u32 num_rows, u32 k) {
 u64 pack_scratch_bytes() { return 2 * std::max(up_elements, down_elements); }
 
 void pack(void* gate_up, void* down, void* scratch, Stream stream) {
+  auto pack_one = [&](auto kernel, void* matrices, u32 expert, u64 elements, u32 num_rows, u32 k) {
+    u16* matrix = static_cast<u16*>(matrices) + expert * elements;
+    (void)GPU(MemcpyAsync)(scratch, matrix, elements * 2, GPU(MemcpyDeviceToDevice), stream);
+    const u32 blocks = static_cast<u32>(std::min<u64>(elements / 256, 264));
+    kernel<<<blocks, 256, 0, stream>>>(static_cast<const u16*>(scratch), matrix, num_rows, k);
+  };
   for (u32 expert = 0; expert < built::num_experts; ++expert) {
-    u16* up = static_cast<u16*>(gate_up) + expert * up_elements;
-    (void)GPU(MemcpyAsync)(scratch, up, up_elements * 2, GPU(MemcpyDeviceToDevice), stream);
-    pack_expert<true><<<264, 256, 0, stream>>>(static_cast<const u16*>(scratch), up, 2 * d_ff, d_model);
-    u16* rows = static_cast<u16*>(down) + expert * down_elements;
-    (void)GPU(MemcpyAsync)(scratch, rows, down_elements * 2, GPU(MemcpyDeviceToDevice), stream);
-    pack_expert<false><<<264, 256, 0, stream>>>(static_cast<const u16*>(scratch), rows, d_model, d_ff);
+    pack_one(pack_expert<true>, gate_up, expert, up_elements, 2 * d_ff, d_model);
+    pack_one(pack_expert<false>, down, expert, down_elements, d_model, d_ff);
   }
 }
 
