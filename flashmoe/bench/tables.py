@@ -46,15 +46,16 @@ def peer_table(result: Result, routing: str) -> Table:
 
 
 def policy_table(result: Result, routing: str) -> Table:
-    """What each policy costs [µs], a row for each of them and the kernel that it ran on."""
+    """What each policy costs [µs], a row for each of them and the kernel that it ran on (the rows of `bench.csv` say
+    which instance of it)."""
     how = whole(routing)
     all_tokens = result.tokens(routing)
     measured = [row for row in result.measurements if (row.routing, row.who, row.how) == (routing, OURS, how)]
     if len({row.variant for row in measured}) < 2:
         return [], []
     rows = []
-    for variant, kernel in dict.fromkeys((row.variant, row.kernel) for row in measured):
-        mine = {row.tokens: row for row in measured if (row.variant, row.kernel) == (variant, kernel)}
+    for variant, kernel in dict.fromkeys((row.variant, _family(row)) for row in measured):
+        mine = {row.tokens: row for row in measured if (row.variant, _family(row)) == (variant, kernel)}
         rows.append([variant, kernel, *(_time(mine.get(tokens)) for tokens in all_tokens)])
     return ["policy", "kernel", *(f"{tokens} tokens" for tokens in all_tokens)], rows
 
@@ -117,6 +118,11 @@ def readme(result: Result) -> str:
         parts += [as_markdown(table) for table in tables if len(table[0]) > 2]
     parts.append("\n".join(f"- {line}" for line in notes(result)) + "\n")
     return "\n".join(parts)
+
+
+def _family(row: Measurement) -> str:
+    """pipeline of "pipeline, lists of 16"."""
+    return row.kernel.partition(",")[0]
 
 
 def _gaps(result: Result) -> list[str]:

@@ -58,7 +58,16 @@ def _cuda() -> Compiler:
         raise BuildError(f"{path} is version {version} (install the CUDA toolkit, 12.4 or later)")
     if shutil.which("g++") is None:
         raise BuildError("nvcc needs a host compiler, and g++ is not in PATH (install g++)")
-    compile_flags = ("-x", "cu", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--threads", "0", "-Xptxas=-v")
+    compile_flags = (
+        "-x",
+        "cu",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xcompiler",
+        "-fPIC",
+        "--threads",
+        "0",
+        "-Xptxas=-v",
+    )
     return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static"))
 
 

@@ -58,7 +58,7 @@ def small_result() -> Result:
         row(1, "torch", "given", "", 80.0),
         row(8, "read", "read", "loads", 100.0),
         row(8, "read", "read", "bulk copies", 104.0),
-        row(8, "flashmoe", "gate", "tuned", 125.0, kernel="pipeline"),
+        row(8, "flashmoe", "gate", "tuned", 125.0, kernel="pipeline, lists of 16"),
         row(8, "flashmoe", "given", "tuned", 110.0, kernel="pipeline"),
         row(8, "flashmoe", "alone", "tuned", 130.0, kernel="pipeline"),
         row(8, "torch", "gate", "", 250.0, error=float("nan"), same_bits=False),
