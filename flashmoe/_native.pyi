@@ -10,6 +10,9 @@ MAX_TOKENS_PER_PE: int
 MAX_LOOK_AHEAD: int
 
 def task_dtype() -> np.dtype[np.void]: ...
+def device_workspace_bytes(
+    *, shape: Shape, tiling: Tiling, max_tokens: int, num_workers: int, num_domains: int
+) -> int: ...
 def benchmark_host(seconds: float, num_threads: int) -> dict[str, float]: ...
 
 class Shape:

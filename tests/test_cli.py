@@ -334,6 +334,7 @@ def test_a_model_shows_its_bytes() -> None:
 def test_doctor() -> None:
     text = call("doctor").stdout
     assert "Self-test passed" in text and "numpy" in text
+    assert "1.21 GB" in text  # 128 x (3 x 2048 x 768 + 2048) x 2, a layer's weights on a GPU
 
 
 def test_doctor_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +372,7 @@ def test_doctor_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch) -> Non
         ("simulate --out /proc/t.npz", "cannot write /proc/t.npz: "),
         ("simulate --routing uniform@balanced --placement strided", "placement='strided', but routing"),
         ("simulate --plot t.bmp", ".png"),
-        ("run --backend hip", "cpu"),
+        ("run --backend tpu", "cpu, cuda, hip"),
         ("run --model gpt", "qwen3-30b-a3b"),
         ("run --model qwen3-30b-a3b --checkpoint .", "one of them"),
         ("run --checkpoint .", "config.json"),

@@ -17,7 +17,8 @@ from flashmoe.cli.run import TOLERANCE, random_tokens
 from flashmoe.cli.screen import WorkFailed, as_bytes, as_time, print_table, say
 from flashmoe.hw.build import cache_folder
 from flashmoe.hw.compilers import TARGETS, BuildError, find_compiler
-from flashmoe.model import MoEModel
+from flashmoe.hw.memory import layer_memory
+from flashmoe.model import MODEL_PRESETS, MoEModel
 
 _OPTIONAL = {
     "torch": "check against transformers (demo, tests)",
@@ -53,6 +54,14 @@ def doctor() -> None:
             rows.append([package, "not installed", f"optional: {purpose}"])
     print_table(["", "", ""], rows, num_names=3)
     say("")
+    sizes = (1, 64, 1024)
+    say("Memory of a layer on an H200; weights are packed in place. Workspace for so many tokens:", "dim")
+    print_table(
+        ["", "weights", "to pack them", *(f"{n:,}" for n in sizes)],
+        [_layer_memory(name, sizes) for name in MODEL_PRESETS],
+        num_names=1,
+    )
+    say("")
     model = MoEModel(d_model=64, d_ff=32, num_experts=8, top_k=2, name="tiny")
     error, makespan_us = _self_test(model)
     if not error <= TOLERANCE[model.dtype]:
@@ -75,6 +84,12 @@ def _self_test(model: MoEModel) -> tuple[float, float]:
     pairs = zip(x, result.routing.topk_idx, result.routing.topk_weights, strict=True)
     wanted = [reference.moe_layer(model, weights, rows, (idx, scales)) for rows, idx, scales in pairs]
     return reference.relative_error(result.outputs, wanted), result.trace.makespan_us
+
+
+def _layer_memory(name: str, sizes: tuple[int, ...]) -> list[str]:
+    """A preset's bytes: weights, scratch while packing, and workspace for so many tokens on an H200."""
+    memory = [layer_memory(MoEModel.preset(name), max_tokens) for max_tokens in sizes]
+    return [name, as_bytes(memory[0].weights), as_bytes(memory[0].packing), *(as_bytes(m.workspace) for m in memory)]
 
 
 def _compiler() -> str:

@@ -12,6 +12,7 @@ from flashmoe.hw.device import DeviceLayer
 from flashmoe.hw.driver import DeviceError
 from flashmoe.hw.fault import LaunchError
 from flashmoe.hw.launches import RunResult
+from flashmoe.hw.library import load_library
 from flashmoe.hw.packed import PackedWeights
 from flashmoe.hw.tuned import choose, tuned
 from flashmoe.model import MoEModel
@@ -30,6 +31,8 @@ __all__ = [
     "Layer",
     "PackedWeights",
     "RunResult",
+    "choose",
+    "prepare",
     "run",
     "tuned",
 ]
@@ -39,6 +42,12 @@ BACKENDS: dict[str, Callable[..., Layer | DeviceLayer]] = {
     "cuda": DeviceLayer,
     "hip": partial(DeviceLayer, backend="hip"),
 }
+
+
+def prepare(model: MoEModel, backend: str) -> None:
+    """See to it that launches on a backend can begin: its code is compiled for the model. Raises: as `run`."""
+    if backend != "cpu":
+        load_library(model, backend).card()
 
 
 def run(

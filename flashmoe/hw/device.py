@@ -37,7 +37,9 @@ _CLOCK_STEP_PS = {"cuda": 32_000, "hip": 10_000}  # in which the device's clock 
 class DeviceLayer:
     """One layer, its weights and a workspace on the card, to be launched as often as wanted.
 
-    Launches of one layer share its workspace: they must follow each other, on one stream or ordered by events.
+    Launches of one layer share its workspace: they must follow each other, on one stream or ordered by events. All
+    workers of a launch must be on the card at once, so launches of several layers may overlap only where the workers
+    of all of them fit.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class DeviceLayer:
             )
             for most, chosen in policies
         ]
+        self.weights.pack()
         self.workers = self._natives[-1].num_workers
         self.domains = min(domains, self.workers)
         self._last: tuple[NativeLayer, list[int], bool] | None = None  # layer, tokens per PE, gate inside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from flashmoe.model import MoEModel
 from flashmoe.policy import Policy, Queue, resolve
@@ -12,7 +12,8 @@ from flashmoe.tasks import Tiling
 class _Best(NamedTuple):
     max_tokens: int  # of one PE; the row is for more than the row before has
     queue: Queue
-    groups: int  # of a PE's experts, one a pick
+    down: Literal["tile", "rows"]
+    groups: int  # of a PE's experts, one a pick, with down="rows"
     gate_experts: int
     up_rows: int
     down_rows: int
@@ -20,8 +21,8 @@ class _Best(NamedTuple):
 
 
 _TABLE = (
-    _Best(8, "ticket", groups=1, gate_experts=1, up_rows=8, down_rows=16, block_tokens=8),
-    _Best(1024, "static", groups=2, gate_experts=16, up_rows=32, down_rows=32, block_tokens=16),
+    _Best(8, "ticket", "rows", groups=1, gate_experts=1, up_rows=8, down_rows=16, block_tokens=8),
+    _Best(1024, "static", "rows", groups=2, gate_experts=16, up_rows=32, down_rows=32, block_tokens=16),
 )
 
 
@@ -51,7 +52,7 @@ def choose(
 
 def _policy(best: _Best, model: MoEModel, ep_size: int) -> Policy:
     tiling = Tiling(
-        down="rows",
+        down=best.down,
         gate_tokens=8,
         gate_experts=best.gate_experts,
         up_rows=best.up_rows,

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu_layer.hpp"
+#include "device_memory.hpp"
 #include "engine_module.hpp"
 #include "host_benchmark.hpp"
 #include "task_table.hpp"
@@ -257,6 +258,8 @@ PYBIND11_MODULE(_native, module) {
                               Array<float>({rows, top_k}, self.layer.topk_weights(pe)));
       });
 
+  module.def("device_workspace_bytes", &device_workspace_bytes, py::kw_only(), py::arg("shape"),
+             py::arg("tiling"), py::arg("max_tokens"), py::arg("num_workers"), py::arg("num_domains"));
   module.def("benchmark_host", &host::benchmark, py::call_guard<py::gil_scoped_release>(), py::arg("seconds"),
              py::arg("num_threads"));
 }
