@@ -16,6 +16,8 @@ from flashmoe.hw.library import load_library
 from flashmoe.model import MoEModel
 from flashmoe.policy import resolve
 
+DEADLINE_S = 1.0  # of a wait in a layer of milliseconds at most; past it the output stays NaN
+
 
 class PackedSets:
     """The weights once more, packed; every policy runs on the same ones."""
@@ -33,7 +35,16 @@ class PackedSets:
         policy = name if name == "tuned" else resolve(name)
         tiling = tuned(self.model, max_tokens).tiling if comma else None
         return [
-            DeviceLayer(self.model, packed, ep_size=1, max_tokens=max_tokens, policy=policy, tiling=tiling, trace=False)
+            DeviceLayer(
+                self.model,
+                packed,
+                ep_size=1,
+                max_tokens=max_tokens,
+                policy=policy,
+                tiling=tiling,
+                trace=False,
+                deadline_s=DEADLINE_S,
+            )
             for packed in self._packed
         ]
 
