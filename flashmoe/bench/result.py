@@ -43,6 +43,7 @@ class Measurement:
     median_us: float
     p10_us: float
     p90_us: float
+    replays: int
     error: float | None = None
     same_bits: bool | None = None
 

@@ -17,6 +17,7 @@ from flashmoe.bench.ours import PackedSets, ReadKernels, as_forward, policy_vari
 from flashmoe.bench.peers import PEERS, Forward
 from flashmoe.bench.result import OURS, READ, How, Measurement, Missing, Result, whole
 from flashmoe.bench.timing import Graph, Layer, check_and_time, run_once, time_graphs
+from flashmoe.hw import DeviceLayer, LaunchError
 from flashmoe.model import MoEModel
 from flashmoe.trace import stamp
 
@@ -51,7 +52,7 @@ def bench(
     theirs = {name: made for name in peers if (made := run.make_peer(name)) is not None}
     for cell in cells:
         run.measure_reads(cell, reads)
-        run.measure_ours(cell, "tuned", [as_forward(layer) for layer in ours], ours[0].kernel_name(cell.tokens))
+        run.measure_ours(cell, ours)
         for name, forwards in theirs.items():
             run.measure_peer(cell, name, forwards)
     header |= {"clocks_at_the_end": _clocks()}
@@ -83,35 +84,43 @@ class _Run:
             graph = Graph(reads.layers(variant, num_bytes))
             self._add(cell, READ, "read", name, **asdict(time_graphs([graph], self.repeats)))
 
-    def measure_ours(
-        self, cell: Cell, variant: str, forwards: Sequence[Forward], kernel: str, *, alone: bool = True
-    ) -> None:
-        """With the gate inside where it makes this routing, and with the routing given. alone: single layers, too."""
+    def measure_ours(self, cell: Cell, layers: Sequence[DeviceLayer]) -> None:
+        """ "tuned": the whole layer, also with a graph for each layer, and with the routing given.
+
+        Raises: LaunchError when a launch cannot go on.
+        """
         for how in _ways(cell.routing):
-            layers = _layers(cell, forwards, how)
-            checked = check_and_time([Graph(layers)], cell.layers, self.repeats)
-            self._add(cell, OURS, how, variant, **asdict(checked), kernel=kernel)
-            if alone and how == whole(cell.routing):
-                checked = check_and_time([Graph([layer]) for layer in layers], cell.layers, self.repeats)
-                self._add(cell, OURS, "alone", variant, **asdict(checked), kernel=kernel)
+            self._measure_layers(cell, "tuned", how, layers, alone=how == whole(cell.routing))
         self._step()
 
     def measure_policy(self, cell: Cell, variant: str, packed: PackedSets) -> None:
         try:
-            layers = packed.layers(variant, cell.tokens)
-        except ValueError as error:  # no kernel can do it
-            self._miss(f"{OURS} {variant}", cell.tokens, str(error))
-            self._step()
-            return
+            self._measure_layers(cell, variant, whole(cell.routing), packed.layers(variant, cell.tokens))
+        except (ValueError, LaunchError) as error:  # no kernel can do it, or not in time
+            self._miss(f"{OURS} {variant}", cell.tokens, _line(error))
+        self._step()
+
+    def _measure_layers(
+        self, cell: Cell, variant: str, how: How, layers: Sequence[DeviceLayer], *, alone: bool = False
+    ) -> None:
+        launches = _launches(cell, [as_forward(layer) for layer in layers], how)
+        run_once(launches)
+        for layer in layers:
+            layer.check()  # else a layer that hangs would hang in every replay, until its deadline
         kernel = layers[0].kernel_name(cell.tokens)
-        self.measure_ours(cell, variant, [as_forward(layer) for layer in layers], kernel, alone=False)
+        graphs = {how: [Graph(launches)]}
+        if alone:
+            graphs["alone"] = [Graph([launch]) for launch in launches]
+        for told, replayed in graphs.items():
+            checked = check_and_time(replayed, cell.layers, self.repeats)
+            self._add(cell, OURS, told, variant, **asdict(checked), kernel=kernel)
 
     def measure_peer(self, cell: Cell, name: str, forwards: Sequence[Forward]) -> None:
         try:
             for how in _ways(cell.routing):
-                layers = _layers(cell, forwards, how)
-                run_once(layers)
-                checked = check_and_time([Graph(layers)], cell.layers, self.repeats)
+                launches = _launches(cell, forwards, how)
+                run_once(launches)
+                checked = check_and_time([Graph(launches)], cell.layers, self.repeats)
                 self._add(cell, name, how, "", **asdict(checked))
         except Exception as error:  # as in make_peer
             self._miss(name, cell.tokens, _line(error))
@@ -144,13 +153,13 @@ def _ways(routing: str) -> list[How]:
     return list(dict.fromkeys((whole(routing), "given")))
 
 
-def _layers(cell: Cell, forwards: Sequence[Forward], how: How) -> list[Layer]:
+def _launches(cell: Cell, forwards: Sequence[Forward], how: How) -> list[Layer]:
     """The layers of the graph; the weight sets take turns."""
-    layers: list[Layer] = []
+    launches: list[Layer] = []
     for number, layer in enumerate(cell.layers):
         given = (layer.topk_idx, layer.topk_weights) if how == "given" else ()
-        layers.append(partial(forwards[number % len(forwards)], layer.x, *given))
-    return layers
+        launches.append(partial(forwards[number % len(forwards)], layer.x, *given))
+    return launches
 
 
 def _line(error: Exception) -> str:

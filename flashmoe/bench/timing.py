@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,17 +14,20 @@ from flashmoe.bench.inputs import LayerInput, relative_error
 
 WARM_UP = 3  # replays before the timed ones
 HOLD_CYCLES = 100_000  # 50 us
+ENOUGH_S = 2.0  # of timed replays; what is slow gets fewer of them
+FEWEST = 5
 
 Layer = Callable[[], Any]  # launches one layer on the current stream; its output, if it has one
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a layer, over the replays."""
+    """Microseconds a layer, over the timed replays."""
 
     median_us: float
     p10_us: float
     p90_us: float
+    replays: int
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,16 @@ def run_once(layers: Sequence[Layer]) -> None:
 
 
 def time_graphs(graphs: Sequence[Graph], repeats: int) -> Times:
-    """Replay one graph after the other, `repeats` rounds, between two events each.
+    """Replay one graph after the other, `repeats` rounds or what ENOUGH_S allows, between two events each.
 
     The device is kept busy until the host has enqueued all three, so how long the host takes is not in the time.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    us = []
+    us: list[float] = []
+    started_s = time.perf_counter()
     for round_ in range(-WARM_UP, repeats):
+        if round_ >= FEWEST and time.perf_counter() - started_s > ENOUGH_S:
+            break
         for graph in graphs:
             torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
@@ -74,7 +81,7 @@ def time_graphs(graphs: Sequence[Graph], repeats: int) -> Times:
             if round_ >= 0:
                 us.append(begin.elapsed_time(end) * 1e3 / graph.num_layers)
     p10, median, p90 = np.percentile(us, (10, 50, 90)).tolist()
-    return Times(median, p10, p90)
+    return Times(median, p10, p90, len(us))
 
 
 def check_and_time(graphs: Sequence[Graph], inputs: Sequence[LayerInput], repeats: int) -> Checked:

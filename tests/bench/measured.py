@@ -43,6 +43,7 @@ def row(tokens: int, who: str, how: Any, variant: str, median_us: float, **more:
         median_us=median_us,
         p10_us=0.9 * median_us,
         p90_us=1.1 * median_us,
+        replays=30,
         **about,
     )
 

@@ -14,6 +14,7 @@ import torch
 from flashmoe.bench import inputs, ours, timing
 from flashmoe.bench import run as bench_run
 from flashmoe.bench.peers import torch_grouped
+from flashmoe.hw import LaunchError
 from flashmoe.model import MoEModel
 
 MODEL = MoEModel(d_model=64, d_ff=32, num_experts=16, top_k=4)
@@ -54,7 +55,8 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(bench_run, "Graph", EagerGraph)
-    monkeypatch.setattr(bench_run, "run_once", lambda layers: None)
+    monkeypatch.setattr(bench_run, "run_once", lambda launches: [launch() for launch in launches])
+    monkeypatch.setattr(bench_run, "as_forward", lambda layer: layer)
 
 
 class Reads:
@@ -75,8 +77,33 @@ def make(routing: str, tokens: int = 4) -> tuple[bench_run._Run, inputs.Cell, li
     return run, inputs.make_cell(MODEL, sets, tokens, routing, 3, seed=0), steps
 
 
+class Layer:
+    """A device layer's stand-in."""
+
+    def __init__(self, forward: Callable[..., Any], fault: Exception | None = None) -> None:
+        self._forward, self._fault = forward, fault
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._forward(*arguments)
+
+    def kernel_name(self, num_tokens: int) -> str:
+        return f"pipeline for {num_tokens}"
+
+    def check(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+
+class Packed:
+    def __init__(self, layers: list[Layer]) -> None:
+        self._layers = layers
+
+    def layers(self, variant: str, max_tokens: int) -> list[Layer]:
+        return self._layers
+
+
 def grouped(run: bench_run._Run) -> list[Any]:
-    return [torch_grouped(MODEL, weights) for weights in run.sets.layers]
+    return [Layer(torch_grouped(MODEL, weights)) for weights in run.sets.layers]
 
 
 def test_a_graph_s_time_is_divided_by_its_layers() -> None:
@@ -97,17 +124,25 @@ def test_reads_get_the_bytes_of_each_layer_s_experts() -> None:
 
 def test_ours_is_measured_with_the_gate_given_and_alone() -> None:
     run, cell, steps = make("gate")
-    run.measure_ours(cell, "tuned", grouped(run), "pipeline")
+    run.measure_ours(cell, grouped(run))
     assert [row.how for row in run.measurements] == ["gate", "alone", "given"]
     assert all(row.right and row.same_bits and row.error for row in run.measurements)
     assert run.measurements[0].median_us == pytest.approx(80 / 3)  # three layers in one graph
     assert run.measurements[1].median_us == pytest.approx(80)
+    assert {row.kernel for row in run.measurements} == {"pipeline for 4"}
+    assert [row.replays for row in run.measurements] == [5, 15, 5]
     assert steps == [(1, 2)]
+
+
+def test_a_policy_is_measured_as_a_whole_only() -> None:
+    run, cell, _ = make("gate")
+    run.measure_policy(cell, "ticket", Packed(grouped(run)))  # type: ignore[arg-type]
+    assert [(row.variant, row.how, row.right) for row in run.measurements] == [("ticket", "gate", True)]
 
 
 def test_a_family_s_routing_is_always_given() -> None:
     run, cell, _ = make("zipf:1.2")
-    run.measure_ours(cell, "tuned", grouped(run), "pipeline")
+    run.measure_ours(cell, grouped(run))
     run.measure_peer(cell, "torch", grouped(run))
     assert [(row.who, row.how) for row in run.measurements] == [
         ("flashmoe", "given"), ("flashmoe", "alone"), ("torch", "given"),
@@ -121,8 +156,8 @@ def test_an_output_that_is_not_written_is_wrong() -> None:
     def lazy(x: Any, *given: Any) -> Any:
         return torch.full_like(x, float("nan"))
 
-    run.measure_ours(cell, "tuned", [lazy, lazy], "pipeline", alone=False)
-    assert [row.right for row in run.measurements] == [False, False]
+    run.measure_policy(cell, "ticket", Packed([Layer(lazy), Layer(lazy)]))  # type: ignore[arg-type]
+    assert [row.right for row in run.measurements] == [False]
     assert math.isnan(run.measurements[0].error or 0.0)
 
 
@@ -136,7 +171,7 @@ def test_a_result_that_goes_wrong_later_is_wrong() -> None:
         return out if len(calls) < 12 else 2 * out
 
     # two of the three layers run on the first set: 6 calls until the replay that is looked at first has passed
-    run.measure_ours(cell, "tuned", [spoiled, good[1]], "pipeline", alone=False)
+    run.measure_policy(cell, "ticket", Packed([Layer(spoiled), good[1]]))  # type: ignore[arg-type]
     assert not run.measurements[0].right
     assert run.measurements[0].error == pytest.approx(1.0, abs=0.02)  # twice as much
     assert run.measurements[0].same_bits is False
@@ -145,9 +180,9 @@ def test_a_result_that_goes_wrong_later_is_wrong() -> None:
 def test_weight_sets_take_turns() -> None:
     _, cell, _ = make("gate")
     seen: list[str] = []
-    layers = bench_run._layers(cell, [lambda x: seen.append("a"), lambda x: seen.append("b")], "gate")
-    for layer in layers:
-        layer()
+    launches = bench_run._launches(cell, [lambda x: seen.append("a"), lambda x: seen.append("b")], "gate")
+    for launch in launches:
+        launch()
     assert seen == ["a", "b", "a"]
 
 
@@ -187,9 +222,25 @@ def test_a_policy_that_no_kernel_can_do_is_missing_with_the_reason() -> None:
 
     run.measure_policy(cell, "push", Refusing())  # type: ignore[arg-type]
     assert [(m.who, m.tokens, m.reason) for m in run.missing] == [
-        ("flashmoe push", 4, "queue push (the kernel does ticket)")
+        ("flashmoe push", 4, "ValueError: queue push (the kernel does ticket)")
     ]
     assert run.measurements == [] and steps == [(1, 2)]
+
+
+def test_a_launch_that_cannot_go_on_ends_its_policy_at_once() -> None:
+    run, cell, _ = make("gate")
+    hanging = Layer(lambda x: x.clone(), LaunchError("worker 3 waits", {}))
+    run.measure_policy(cell, "push", Packed([hanging, hanging]))  # type: ignore[arg-type]
+    assert [m.reason for m in run.missing] == ["LaunchError: worker 3 waits"] and run.measurements == []
+    with pytest.raises(LaunchError):
+        run.measure_ours(cell, [hanging, hanging])  # type: ignore[list-item]
+
+
+def test_what_is_slow_gets_fewer_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    times = timing.time_graphs([EagerGraph([lambda: torch.zeros(1)])], repeats=30)  # type: ignore[list-item]
+    assert times.replays == 7  # the fewest, and two more until a clock that ticks when it is read is past 2 s
 
 
 def test_policies_are_cut_in_their_own_way_and_as_tuned() -> None:
