@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe.hw.compilers import BuildError
+from flashmoe.hw.compilers import BuildError, source_names
 
 _BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 
@@ -90,7 +90,9 @@ def read_kernels(library: Path) -> list[Kernel]:
             file = Path(folder) / f"{i}.elf"
             file.write_bytes(code_object)
             code = _disassemble(file)
-            kernels += [_kernel(said, code) for said in metadata(file)]
+            said = metadata(file)
+            names = source_names([one[".name"] for one in said])
+            kernels += [_kernel(name, one, code[one[".name"]]) for name, one in zip(names, said, strict=True)]
     if not kernels:
         raise BuildError(f"{library} has no gfx942 kernel")
     return sorted(kernels, key=lambda kernel: kernel.name)
@@ -108,9 +110,16 @@ def metadata(code_object: Path) -> list[dict[str, Any]]:
     return kernels
 
 
-def _kernel(said: dict[str, Any], code: dict[str, tuple[Instruction, ...]]) -> Kernel:
+def symbols(code_object: Path) -> dict[str, int]:
+    """Addresses of an ELF file's symbols; a kernel's descriptor is one, under its .symbol."""
+    table = _tool("llvm-readelf", "--symbols", "--wide", str(code_object))
+    rows = re.findall(r"^ *\d+: ([0-9a-f]{16}) .* (\S+)$", table, re.M)
+    return {name: int(address, 16) for address, name in rows}
+
+
+def _kernel(name: str, said: dict[str, Any], code: tuple[Instruction, ...]) -> Kernel:
     return Kernel(
-        name=said[".name"],
+        name=name,
         wg_threads=said[".max_flat_workgroup_size"],
         vgprs=said[".vgpr_count"],
         agprs=said[".agpr_count"],
@@ -118,7 +127,7 @@ def _kernel(said: dict[str, Any], code: dict[str, tuple[Instruction, ...]]) -> K
         lds_bytes=said[".group_segment_fixed_size"],
         scratch_bytes=said[".private_segment_fixed_size"],
         spills=said[".vgpr_spill_count"] + said[".sgpr_spill_count"],
-        code=code[said[".name"]],
+        code=code,
     )
 
 

@@ -13,6 +13,7 @@ TARGETS = ("sm_90", "gfx942")
 
 _OLDEST_NVCC = (12, 4)
 _OLDEST_HIPCC = (6, 0)  # the first ROCm whose compiler knows gfx942
+_WHOLE = "-Wl,-z,defs"  # a missing function is an error now, not when the library is loaded
 _DEBIAN_PACKAGES = ("clang-19", "lld-19", "clang-tools-19", "libamdhip64-dev", "rocm-device-libs")
 _DEVICE_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")  # Debian's rocm-device-libs
 _HIP_HEADER = Path("/usr/include/hip/hip_runtime.h")
@@ -49,6 +50,15 @@ def find_compiler(target: str) -> Compiler:
     return _cuda() if target == "sm_90" else _hip()
 
 
+def source_names(symbols: list[str]) -> list[str]:
+    """Names as the source writes them, without arguments and this project's namespaces; unchanged without binutils."""
+    path = shutil.which("c++filt")
+    if path is None or not symbols:
+        return symbols
+    done = subprocess.run([path, "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return [re.sub(r"^void |flashmoe::|\(anonymous namespace\)::", "", line) for line in done.stdout.splitlines()]
+
+
 def _cuda() -> Compiler:
     path = _find("nvcc", "CUDA_HOME", "/usr/local/cuda")
     if path is None:
@@ -58,17 +68,8 @@ def _cuda() -> Compiler:
         raise BuildError(f"{path} is version {version} (install the CUDA toolkit, 12.4 or later)")
     if shutil.which("g++") is None:
         raise BuildError("nvcc needs a host compiler, and g++ is not in PATH (install g++)")
-    compile_flags = (
-        "-x",
-        "cu",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-Xcompiler",
-        "-fPIC",
-        "--threads",
-        "0",
-        "-Xptxas=-v",
-    )
-    return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static"))
+    compile_flags = ("-x", "cu", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-Xptxas=-v")
+    return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static", "-Xlinker", "-z,defs"))
 
 
 def _hip() -> Compiler:
@@ -77,7 +78,9 @@ def _hip() -> Compiler:
     if path is not None:
         version = _version(path, r"HIP version: (\d+\.\d+)")
         if _numbers(version) >= _OLDEST_HIPCC:
-            return Compiler(path, version, (".hip",), ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942",))
+            return Compiler(
+                path, version, (".hip",), ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942", _WHOLE)
+            )
         found = f"{path} is version {version}, and there is no clang++-19 in PATH"
     clang = shutil.which("clang++-19")
     if clang is None:
@@ -89,7 +92,7 @@ def _hip() -> Compiler:
         _version(clang, r"clang version (\d+\.\d+\.\d+)"),
         (".hip",),
         ("-x", "hip", "--offload-arch=gfx942", "--rocm-path=/usr", "-fPIC"),
-        ("--hip-link", "--offload-arch=gfx942", "--rocm-path=/usr", "-lamdhip64"),
+        ("--hip-link", "--offload-arch=gfx942", "--rocm-path=/usr", "-lamdhip64", _WHOLE),
         _DEVICE_LIBRARIES,
     )
 

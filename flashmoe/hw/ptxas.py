@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
+
+from flashmoe.hw.compilers import source_names
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)'.*?"
@@ -30,7 +30,7 @@ class CudaKernel:
 def read_log(text: str) -> list[CudaKernel]:
     """The kernels in what `nvcc -Xptxas=-v` printed, by name."""
     found = list(_KERNEL.finditer(text))
-    names = _demangle([match["name"] for match in found])
+    names = source_names([match["name"] for match in found])
     kernels = [
         CudaKernel(
             name=name,
@@ -42,12 +42,3 @@ def read_log(text: str) -> list[CudaKernel]:
         for name, match in zip(names, found, strict=True)
     ]
     return sorted(kernels, key=lambda kernel: kernel.name)
-
-
-def _demangle(names: list[str]) -> list[str]:
-    """As the source writes them, without arguments and the project's namespace; as they are without binutils."""
-    path = shutil.which("c++filt")
-    if path is None or not names:
-        return names
-    done = subprocess.run([path, "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [re.sub(r"^void |flashmoe::", "", line) for line in done.stdout.splitlines()]

@@ -2,7 +2,7 @@
  *
  * All functions that return int give 0, or an error whose text flashmoe_error() has. Pointers named *_device
  * are device memory. No function synchronises but those that say so; `stream` is a cudaStream_t or
- * hipStream_t. Field for field in flashmoe/hw/device.py. */
+ * hipStream_t. Field for field in flashmoe/hw/library.py. */
 #pragma once
 #include <stdint.h>
 

@@ -10,6 +10,7 @@
 #include "dispatch.hpp"
 #include "flashmoe/bf16.hpp"
 #include "flashmoe/policy.hpp"
+#include "signals.hpp"
 
 namespace flashmoe::host {
 
@@ -213,6 +214,8 @@ class Math {
     for (u32 token = 0; token < view.num_tokens(src); ++token) rows += view.has_landed(src, token) ? 1 : 0;
     return rows;
   }
+
+  void publish_planned(u32 place, const PeView& view) const { flashmoe::publish_planned(view, place, 0, 1); }
 
   void plan(const PeView& view) const {
     build_plan(

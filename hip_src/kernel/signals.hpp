@@ -5,6 +5,18 @@
 
 namespace flashmoe {
 
+FLASHMOE_FN PushQueue push_queue_of(const PeView& view) {
+  return PushQueue{view.at<u32>(view.counters.heads), view.at<u32>(view.counters.tail),
+                   view.at<u64>(view.launch.workspace.slots), view.epoch};
+}
+
+//! Publishes what the plan makes ready, from slot `place` on; `size` threads share that.
+FLASHMOE_FN void publish_planned(const PeView& view, u32 place, u32 rank, u32 size) {
+  const PickOrder order(view.graph, view.launch.policy.order);
+  push_queue_of(view).publish(
+      place, order.num_planned(), [&](u32 i) { return order.planned(i); }, rank, size);
+}
+
 class Signals {
  public:
   FLASHMOE_FN Signals(const PeView& view, const PushQueue& push) : view_(view), push_(push) {}
@@ -67,7 +79,7 @@ class Signals {
   FLASHMOE_FN void push_range(u32 first, u32 count) {
     if (view_.launch.policy.queue != QueueKind::push || count == 0) return;
     const u32 place = push_.reserve(count);
-    for (u32 i = 0; i < count; ++i) push_.publish(place + i, first + i);
+    push_.publish(place, count, [&](u32 i) { return first + i; });
   }
 
  private:

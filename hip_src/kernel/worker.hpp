@@ -22,7 +22,7 @@ struct WorkerMemory {
 };
 
 //! Math does the work of tasks, view in hand: gate, route, dispatch (which returns the rows sent), up, down,
-//! down_rows, combine; copy and zero; landed_rows (how many came from a PE) and plan.
+//! down_rows, combine; copy and zero; landed_rows (how many came from a PE), plan and publish_planned.
 template <class Math, class Hooks, class Trace>
 class Worker {
  public:
@@ -30,8 +30,7 @@ class Worker {
                      Hooks& hooks)
       : view_(memory.view),
         held_(memory.held),
-        push_{view_.at<u32>(view_.counters.heads), view_.at<u32>(view_.counters.tail),
-              view_.at<u64>(view_.launch.workspace.slots), view_.epoch},
+        push_(push_queue_of(view_)),
         watchdog_(watchdog),
         inputs_(view_, watchdog_, math),
         signals_(view_, push_),
@@ -216,13 +215,7 @@ class Worker {
     if (group > 0) {
       signals_.push_range(combine, 1);
     } else {
-      // with down="rows" the chains, too: a chain waits for each of its inputs itself
-      const u32 end = view_.graph.by_rows() ? view_.graph.first_combine() : view_.graph.first_down();
-      const u32 late = view_.graph.num_combine() + (view_.graph.by_rows() ? 0 : view_.graph.num_down());
-      u32 place = push_.reserve(order.size() - order.num_early() - late);
-      for (u32 rank = order.num_early(); rank < order.size(); ++rank) {
-        if (order[rank] < end) push_.publish(place++, order[rank]);
-      }
+      math_.publish_planned(push_.reserve(order.num_planned()), view_);
     }
     store_release<Scope::device>(cursor, group + 1);  // release: the next group's pushes come after these
     return true;

@@ -136,6 +136,18 @@ FLASHMOE_FN bool compare_swap_acquire(std::uint32_t* address, std::uint32_t expe
                  : "memory");
   return seen == expected;
 }
+//! Before several stores that publish the same writes: one fence, then relaxed stores.
+template <Scope scope>
+FLASHMOE_FN void release_fence() {
+  if (scope == Scope::device)
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  else
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+template <Scope scope, class T>
+FLASHMOE_FN void store_after_fence(T* address, T value) {
+  ptx::store_relaxed<scope>(address, value);
+}
 //! The device's clock [ns], common to all its SMs; it advances in steps of 32 ns on H200.
 FLASHMOE_FN std::uint64_t clock_ns() {
   std::uint64_t now;
@@ -178,6 +190,19 @@ FLASHMOE_FN bool compare_swap_acquire(T* address, T expected, T desired) {
   return __hip_atomic_compare_exchange_strong(address, &expected, desired, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED,
                                               hip_scope<scope>);
 }
+//! Before several stores that publish the same writes: one fence, then relaxed stores.
+template <Scope scope>
+FLASHMOE_FN void release_fence() {
+  if constexpr (scope == Scope::device) {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
+  } else {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "");
+  }
+}
+template <Scope scope, class T>
+FLASHMOE_FN void store_after_fence(T* address, T value) {
+  __hip_atomic_store(address, value, __ATOMIC_RELAXED, hip_scope<scope>);
+}
 //! The device's clock [ns], common to all its CUs: s_memrealtime ticks at 100 MHz.
 FLASHMOE_FN std::uint64_t clock_ns() { return __builtin_amdgcn_s_memrealtime() * 10; }
 FLASHMOE_FN void pause() { __builtin_amdgcn_s_sleep(4); }
@@ -219,6 +244,15 @@ FLASHMOE_FN T fetch_add_acq_rel(T* address, T value) {
 template <Scope, class T>
 FLASHMOE_FN bool compare_swap_acquire(T* address, T expected, T desired) {
   return __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED);
+}
+
+//! Before several stores that publish the same writes. Here each of them releases: that costs nothing more,
+//! and ThreadSanitizer knows no fences.
+template <Scope>
+FLASHMOE_FN void release_fence() {}
+template <Scope, class T>
+FLASHMOE_FN void store_after_fence(T* address, T value) {
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 
 //! Steady clock [ns], common to all workers of all PEs.

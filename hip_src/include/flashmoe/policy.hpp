@@ -100,17 +100,25 @@ struct PickOrder {
       return index < num_expert_up ? tile_id(graph.first_up(), place, up, index)
                                    : tile_id(graph.first_down(), place, down, index - num_expert_up);
     }
-    if (rank < num_up) {
-      const u32 place = place_of(rank / up);
-      return tile_id(graph.first_up(), place, up, rank - graph.plan.sequence_offset[place] * up);
-    }
+    if (rank < num_up) return up_pick(rank);
     rank -= num_up;
     if (graph.by_rows()) return row_pick(rank);
     const u32 place = place_of(rank / down);
     return tile_id(graph.first_down(), place, down, rank - graph.plan.sequence_offset[place] * down);
   }
 
+  //! Picks that the plan alone makes ready, or lets wait for their inputs themselves: up tasks, and chains.
+  FLASHMOE_FN u32 num_planned() const { return graph.num_up() + (graph.by_rows() ? num_down_picks() : 0); }
+  //! First task of the index-th of them, in the order of their ranks.
+  FLASHMOE_FN u32 planned(u32 index) const {
+    return index < graph.num_up() ? up_pick(index) : row_pick(index - graph.num_up());
+  }
+
  private:
+  FLASHMOE_FN u32 up_pick(u32 index) const {
+    const u32 up = graph.up_per_block(), place = place_of(index / up);
+    return tile_id(graph.first_up(), place, up, index - graph.plan.sequence_offset[place] * up);
+  }
   FLASHMOE_FN u32 place_of(u32 block) const {
     return bucket_of(graph.plan.sequence_offset, graph.plan.num_active(), block);
   }

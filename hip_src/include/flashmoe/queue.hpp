@@ -82,9 +82,13 @@ struct PushQueue {
 
   //! Slots for `count` tasks in a row; returns the first.
   FLASHMOE_FN u32 reserve(u32 count) const { return fetch_add_relaxed<Scope::device>(tail, count); }
-  FLASHMOE_FN void publish(u32 place, u32 task_id) const {
-    // release: who runs the task must see what made it ready; this worker acquired that with the last arrival
-    store_release<Scope::device>(slots + place, u64{epoch} << 32 | task_id);
+  //! Publishes tasks id_of(0), ..., id_of(count - 1) from slot `place` on. `size` threads may share that.
+  template <class IdOf>
+  FLASHMOE_FN void publish(u32 place, u32 count, IdOf id_of, u32 rank = 0, u32 size = 1) const {
+    // release: who runs a task must see what made it ready; this worker acquired that with the last arrival
+    release_fence<Scope::device>();
+    for (u32 i = rank; i < count; i += size)
+      store_after_fence<Scope::device>(slots + place + i, u64{epoch} << 32 | id_of(i));
   }
   FLASHMOE_FN u32 ticket() const { return fetch_add_relaxed<Scope::device>(head, 1u); }
   //! The task in a slot, or none while it is empty.

@@ -52,6 +52,10 @@ class Crew {
     return group_.result;
   }
   FLASHMOE_DEVICE void plan(const PeView&) { call(Work::plan); }
+  FLASHMOE_DEVICE void publish_planned(u32 place, const PeView&) {
+    group_.command.tile = place;
+    call(Work::publish_planned);
+  }
   //! The crew leaves.
   FLASHMOE_DEVICE void end() {
     group_.command.work = Work::end;

@@ -29,12 +29,13 @@ enum class Work : u32 {
   copy,
   zero,
   landed_rows,
-  plan
+  plan,
+  publish_planned
 };
 
 struct Command {
   Work work;
-  u32 tile;   // up, down; landed_rows: source PE
+  u32 tile;   // up, down; landed_rows: source PE; publish_planned: first slot
   u32 group;  // down_rows, and whether the task starts or ends its chain
   u32 starts, ends;
   Task task;

@@ -57,6 +57,9 @@ FLASHMOE_DEVICE void serve(Group& group, const Params& params) {
       case Work::plan:
         plan(hand);
         break;
+      case Work::publish_planned:
+        publish_planned(hand.view, command.tile, hand.thread, crew_threads);
+        break;
     }
     arch::release_wave();
     if (hand.thread == 0) group.done[(hand.barriers + 1) % 2] = 1;
