@@ -56,7 +56,7 @@ def test_sm90(tmp_path):
 
 
 def test_gfx942(tmp_path):
-    """v_mfma_f32_16x16x16_bf16 (CDNA3 ISA, matrix layouts): a lane has row lane % 16, and four k's an instruction; its sums
+    """v_mfma_f32_16x16x16_bf16 (CDNA3 ISA, matrix layouts): a lane has row lane % 16, and four k's a time; its sums
     are four rows of column lane % 16."""
     places, lanes, sums = numbers("gfx942", tmp_path)
     for lane in range(64):

@@ -11,15 +11,19 @@ SOURCE = Path(__file__).parents[1] / "hip_src"
 INCLUDE, ENGINE = SOURCE / "include", SOURCE / "engine"
 HEADERS = sorted((INCLUDE / "flashmoe").glob("*.hpp"))
 ENGINE_HEADERS = sorted(ENGINE.glob("*.hpp"))
+ARCH_HEADERS = sorted((SOURCE / "kernel" / "arch").glob("*.hpp"))
 
 
 def test_there_are_headers():
     assert {"task_graph.hpp", "queue.hpp", "exchange.hpp", "platform.hpp"} <= {path.name for path in HEADERS}
     assert {"engine.hpp", "clock.hpp"} <= {path.name for path in ENGINE_HEADERS}
+    assert {"sm90.hpp", "gfx942.hpp"} <= {path.name for path in ARCH_HEADERS}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here; any machine with a host compiler runs this")
-@pytest.mark.parametrize("header", HEADERS + ENGINE_HEADERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "header", HEADERS + ENGINE_HEADERS + ARCH_HEADERS, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_a_header_compiles_alone(header):
     warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
     include = [f"-I{INCLUDE}", f"-I{ENGINE}"] if header in ENGINE_HEADERS else [f"-I{INCLUDE}"]

@@ -83,10 +83,15 @@ struct Layer : FlashmoeLayer {
 
   int launch(const FlashmoeInput& input, Stream stream) override {
     Params now = params;
-    now.launch.gate_inside = input.topk_idx_device[0] == nullptr ? 1 : 0;
+    const auto& given = input.topk_idx_device;
+    const bool is_given =
+        std::any_of(given, given + config.num_pes, [](auto* idx) { return idx != nullptr; });
+    now.launch.gate_inside = is_given ? 0 : 1;
     for (u32 pe = 0; pe < config.num_pes; ++pe) {
       if ((reinterpret_cast<u64>(input.x_device[pe]) | reinterpret_cast<u64>(input.out_device[pe])) % 16 != 0)
         return fail("PE %u: x or out is not aligned to 16 bytes", pe);
+      if (is_given && given[pe] == nullptr && input.num_tokens[pe] > 0)
+        return fail("PE %u: no routing, where other PEs have theirs given", pe);
       LaunchPe& own = now.pes[pe];
       own.x = input.x_device[pe];
       own.out = input.out_device[pe];

@@ -42,13 +42,10 @@ FLASHMOE_DEVICE u32 wave_of(u32 thread_index) {
 }
 FLASHMOE_DEVICE u32 group() { return __builtin_amdgcn_workgroup_id_x(); }
 
-//! A kernel's only argument, where it lies: its address taken would mean a copy in scratch memory. Opaque to
-//! the compiler, which would keep more of it in scalar registers than there are.
+//! A kernel's only argument, where it lies: its address taken would mean a copy in scratch memory.
 template <class T>
 FLASHMOE_DEVICE const T& argument(const T&) {
-  auto* segment = (const T*)__builtin_amdgcn_kernarg_segment_ptr();
-  asm volatile("" : "+s"(segment));
-  return *segment;
+  return *(const T*)__builtin_amdgcn_kernarg_segment_ptr();
 }
 
 // --- 16 bytes of global memory; said to be global, as flat accesses also count as LDS accesses
