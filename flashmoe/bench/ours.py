@@ -81,8 +81,8 @@ class ReadKernels:
     def __init__(self, model: MoEModel, data: Tensor) -> None:
         self._library, self._data = load_library(model, "cuda"), data
         self.names: list[str] = []
-        while (name := self._library.get("read_name", len(self.names))) is not None:
-            self.names.append(name.decode())
+        while (name := self._library.text("read_name", len(self.names))) is not None:
+            self.names.append(name)
 
     def layers(self, variant: int, num_bytes: Sequence[int]) -> list[Layer]:
         """For each layer a read of so many bytes, where the one before ended or, at the end, from the start."""

@@ -253,8 +253,8 @@ def test_reads_rotate_through_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
     calls: list[tuple[int, int]] = []
 
     class Library:
-        def get(self, name: str, variant: int) -> bytes | None:
-            return None if variant == 2 else b"a way"
+        def text(self, name: str, variant: int) -> str | None:
+            return None if variant == 2 else "a way"
 
         def call(self, name: str, pointer: Any, count: Any, variant: Any, stream: Any) -> None:
             calls.append((pointer.value, count.value))
