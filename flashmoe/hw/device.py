@@ -114,6 +114,10 @@ class DeviceLayer:
         """Workspaces and symmetric heaps of all PEs, and room for traces; without weights."""
         return sum(native.workspace_bytes for native in self._natives)
 
+    def kernel_name(self, num_tokens: int) -> str:
+        """Of the kernel that a launch of so many tokens runs on. Raises: ValueError when there is no room for them."""
+        return self._native_for([num_tokens]).kernel_name
+
     def launch(
         self,
         x: Sequence[int],

@@ -99,6 +99,11 @@ int flashmoe_routing(FlashmoeLayer* layer, uint32_t pe, int32_t* topk_idx, float
 int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* records, uint32_t* size,
                    uint32_t* drops);
 
+/* CUDA only. Asynchronous; may be captured. A kernel that only reads these bytes, a multiple of 16: what a
+ * layer's time is held against. flashmoe_read_name: what the variant does; NULL past the last one. */
+int flashmoe_read(const void* data_device, uint64_t bytes, uint32_t variant, void* stream);
+const char* flashmoe_read_name(uint32_t variant);
+
 /* Device memory without another library. */
 int flashmoe_malloc(void** pointer_device, uint64_t bytes);
 int flashmoe_free(void* pointer_device);
