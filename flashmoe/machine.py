@@ -75,6 +75,7 @@ class Machine:
         "ps", "a domain's first worker starts this much after the domain's before", default=0
     )
     launch_step_ps: int = _parameter("ps", "a worker starts this much after the one before in its domain", default=0)
+    prologue_ps: int = _parameter("ps", "a worker's first instruction to its first request for a pick", default=0)
     # queues
     ticket_ps: int = _parameter("ps", "ticket from a counter of the own domain, beyond its service")
     ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
@@ -86,6 +87,27 @@ class Machine:
     signal_load_factor: float = _parameter(
         "ratio", "a signal takes this many times as long when the memory is fully loaded", least=1, default=1.0
     )
+    # how a kernel ends a task
+    release_ps: int = _parameter(
+        "ps", "an up, down or expert task makes its stores visible before it signals, memory idle", default=0
+    )
+    release_load_factor: float = _parameter(
+        "ratio", "a release takes this many times as long when the memory is fully loaded", least=1, default=1.0
+    )
+    finish_beside: bool = _parameter(
+        "flag",
+        "what follows the arithmetic of an up, down or expert task runs beside the worker's next task, one at a time",
+        default=False,
+    )
+    word_tokens: int = _parameter(
+        "count",
+        "a PE with at most so many tokens sends results as words that are their own signal: no releases, and every "
+        "worker routes for itself; 0: never",
+        least=0,
+        default=0,
+    )
+    plan_ps: int = _parameter("ps", "a worker makes the lists of its experts, fixed part", default=0)
+    plan_token_ps: int = _parameter("ps", "the same, for each token of the layer", default=0)
     # fabric
     put_ps: int = _parameter("ps", "put with signal to another PE, one way, beyond its bytes")
     link_bytes_per_ns: float = _parameter("bytes/ns", "one direction between two PEs")
@@ -140,6 +162,8 @@ class Machine:
             raise ValueError(f"pe_spread={self.pe_spread} with num_cores > 0 (must be 0: the PEs share the cores)")
         if self.num_cores > 0 and self.prefetch:
             raise ValueError("prefetch=True with num_cores > 0 (must be False: only a running thread loads anything)")
+        if self.num_cores > 0 and self.finish_beside:
+            raise ValueError("finish_beside=True with num_cores > 0 (must be False: a thread does one thing at a time)")
         if self.num_domains > self.num_cus:
             raise ValueError(f"num_domains={self.num_domains} (must be at most num_cus={self.num_cus})")
 

@@ -16,6 +16,8 @@ from flashmoe.trace import KINDS
 
 # Kinds whose tasks can be decoded only after the PE knows its tokens per expert (its `planned` event).
 PLANNED_KINDS = tuple(KINDS.index(kind) for kind in ("up", "down", "combine", "expert"))
+# Kinds that multiply with experts' weights: a kernel has warps of their own for what follows, with a release.
+FINISHED_KINDS = tuple(KINDS.index(kind) for kind in ("up", "down", "expert"))
 # Kinds that read a layer's input; the others read what these make.
 FIRST_KINDS = tuple(KINDS.index(kind) for kind in ("gate", "route", "dispatch"))
 

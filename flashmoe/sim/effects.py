@@ -41,7 +41,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "launch_ramp": Effect(
         "A launch takes time, and workers start one after the other. Without: all start at once, at time zero.",
-        _set(launch_ps=0, launch_domain_ps=0, launch_step_ps=0),
+        _set(launch_ps=0, launch_domain_ps=0, launch_step_ps=0, prologue_ps=0),
     ),
     "ticket": Effect(
         "A ticket takes time, and a counter serves one worker at a time. Without: tickets are free.",
@@ -58,6 +58,27 @@ EFFECTS: dict[str, Effect] = {
     "signal_distance": Effect(
         "Signals inside a domain are faster than those across. Without: all are as slow as those across.",
         lambda machine: replace(machine, signal_near_ps=machine.signal_ps),
+    ),
+    "release": Effect(
+        "A task makes its stores visible before it signals. Without: they are at once.",
+        _set(release_ps=0),
+    ),
+    "release_load": Effect(
+        "Releases are slower beside memory traffic. Without: as on an idle memory.",
+        _set(release_load_factor=1.0),
+    ),
+    "finish_beside": Effect(
+        "Some warps end a task while others are at the next. Without: a worker does one thing after the other.",
+        _set(finish_beside=False),
+    ),
+    "words": Effect(
+        "With few tokens results travel as words that are their own signal, and every worker routes for itself. "
+        "Without: as with many tokens.",
+        _set(word_tokens=0),
+    ),
+    "plan": Effect(
+        "Every worker makes lists of its experts' tokens before it can run what follows. Without: it has them.",
+        _set(plan_ps=0, plan_token_ps=0),
     ),
     "link_latency": Effect(
         "A put takes a while to be seen by the other PE, beyond its bytes. Without: only its bytes take time.",

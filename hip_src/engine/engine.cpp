@@ -56,6 +56,9 @@ class Engine : Workers {
       case What::launch:
         launch(low, who);
         break;
+      case What::finish:
+        finish(workers_[who], low);
+        break;
     }
   }
 

@@ -16,6 +16,7 @@ struct Stage {
   std::vector<Counter> heads;  // of the queue: one, or one a domain
   // [worker] picks taken (static, replay); whether its own domain is exhausted (domain)
   std::vector<u32> turn;
+  bool sends_words = false;   // results are their own signal
   std::vector<u32> launched;  // workers that have ended the layer before
   std::unique_ptr<PushQueue> push;
 };
@@ -89,9 +90,13 @@ class Layers {
     const LayerGraph& g = l.graph;
     l.is_pipelined = is_pipelined(number);
     for (u32 target : g.event_target) l.events.add(target);
+    i64 plan_ps = env_.p.plan_ps;
+    for (u32 count : g.tokens) plan_ps += env_.p.plan_token_ps * count;
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
       Stage stage;
       stage.planned = g.planned_event[pe];
+      stage.sends_words = env_.p.word_tokens > 0 && g.tokens[pe] <= env_.p.word_tokens;
+      l.events.set_use(stage.planned, plan_ps);
       stage.entry = l.events.add(l.is_pipelined ? (*this)[number - 1].graph.outputs[pe] : 0);
       stage.heads.resize(config_.queue == QueueKind::domain ? env_.p.num_domains : 1);
       stage.turn.assign(env_.p.num_workers, 0);

@@ -198,6 +198,10 @@ class Workers {
   bool leave(Worker& w) {
     Layer& l = *w.layer;
     const u32 next = l.number + 1, planned = l.stages[w.pe].planned;
+    if (w.last_end_ps > env_.now()) {
+      env_.clock.at(w.last_end_ps, item(What::resume, w.number));
+      return false;
+    }
     if (next == layers_.size()) {
       env_.cores.release();
       w.step = Step::done;
@@ -331,11 +335,21 @@ class Workers {
     const TaskClass& c = w.layer->graph.of(pick.row);
     const Cost cost = picks_.cost(w, pick, c);
     w.done_ps = std::max(env_.now(), w.start_ps + cost.compute_ps);
-    const i64 end_ps = w.done_ps + cost.overhead_ps + c.before_jitter.send_ps;
-    if (end_ps == env_.now()) return true;
+    const i64 then_ps = w.done_ps + (ends_beside(c) ? 0 : after_ps(w, c, cost));
+    if (then_ps == env_.now()) return true;
     w.step = Step::end;
-    env_.clock.at(end_ps, item(What::resume, w.number));
+    env_.clock.at(then_ps, item(What::resume, w.number));
     return false;
+  }
+
+  bool ends_beside(const TaskClass& c) const {
+    return env_.p.finish_beside && is_finished_kind(c.kind) && queues_.runs_ahead();
+  }
+  //! What follows a task's weights and arithmetic, if it begins now.
+  i64 after_ps(const Worker& w, const TaskClass& c, const Cost& cost) const {
+    const bool releases =
+        is_finished_kind(c.kind) && c.signal_begin != c.signal_end && !w.layer->stages[w.pe].sends_words;
+    return cost.overhead_ps + c.before_jitter.send_ps + (releases ? env_.release_ps(w.pe) : 0);
   }
 
   //! Returns whether the worker goes on at once.
@@ -343,19 +357,31 @@ class Workers {
     Layer& l = *w.layer;
     const Pick& pick = picks_.of(w, w.current);
     const TaskClass& c = l.graph.of(pick.row);
-    record(w, l, pick, c);
+    i64 end_ps = env_.now();
+    if (ends_beside(c)) end_ps = std::max(end_ps, w.last_end_ps) + after_ps(w, c, picks_.cost(w, pick, c));
+    record(w, l, pick, c, end_ps);
+    if (end_ps > env_.now()) {
+      env_.clock.at(end_ps, item(What::finish, w.number, pick.row));
+      return true;
+    }
     signal(w, l, c);
     if (!queues_.completed(w, c)) return true;
     w.step = Step::bookkeep;
     return false;
   }
 
+  //! A task that ended beside others.
+  void finish(const Worker& w, u32 row) { signal(w, *w.layer, w.layer->graph.of(row)); }
+
   void signal(const Worker& w, Layer& l, const TaskClass& c) {
     const i64 far_ps = env_.now() + env_.far_ps(w.pe), near_ps = env_.now() + env_.near_ps(w.pe);
     for (u32 i = c.signal_begin; i < c.signal_end; ++i) {
       const SignalTo& to = l.graph.signals[i];
       if (to.pe == w.pe) {
-        l.events.signal(to.event, &w, far_ps, near_ps);
+        // with words every worker routes for itself, and has the routing as this one has it
+        const Stage& stage = l.stages[w.pe];
+        const bool is_own = to.event == stage.planned && stage.sends_words;
+        l.events.signal(to.event, &w, is_own ? env_.now() : far_ps, is_own ? env_.now() : near_ps);
       } else {
         put(l, w.pe, to);
       }
@@ -372,12 +398,12 @@ class Workers {
     if (seen_ps != never) l.events.signal(to.event, nullptr, seen_ps, seen_ps);
   }
 
-  void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c) {
+  void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c, i64 end_ps) {
     const i64 loaded_ps = pick.loaded_ps < 0 ? w.start_ps : pick.loaded_ps;
     const Record task{w.index,    w.ready_ps, pick.asked_ps, pick.ticket_ps,
-                      w.start_ps, loaded_ps,  w.done_ps,     env_.now()};
+                      w.start_ps, loaded_ps,  w.done_ps,     end_ps};
     result_.time.add(task, w.last_end_ps, c.before_jitter.send_ps);
-    w.last_end_ps = task.end_ps;
+    w.last_end_ps = std::max(w.last_end_ps, end_ps);
     l.record(pick.row, task);
     if (++total_done_ % progress_step == 0 && config_.progress) config_.progress(total_done_);
   }
