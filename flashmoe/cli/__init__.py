@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import check, compare, demo, doctor, explain, export, presets, run, simulate, sweep, tune
+from flashmoe.cli import build, check, compare, demo, doctor, explain, export, presets, run, simulate, sweep, tune
 from flashmoe.cli.screen import errors_as_exit_status
 
 __all__ = ["app", "main"]
@@ -39,6 +39,7 @@ app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=simulate.EXAMPLES)(simulate.simulate)
 app.command(epilog=run.EXAMPLES)(run.run)
 app.command(epilog=check.EXAMPLES)(check.check)
+app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=tune.EXAMPLES)(tune.tune)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 
 from flashmoe.cli.run import TOLERANCE, random_tokens
 from flashmoe.cli.screen import WorkFailed, as_bytes, as_time, print_table, say
+from flashmoe.hw.build import cache_folder
+from flashmoe.hw.compilers import TARGETS, BuildError, find_compiler
 from flashmoe.model import MoEModel
 
 _OPTIONAL = {
@@ -38,13 +42,15 @@ def doctor() -> None:
         ["compiler", _compiler(), "only to build from source"],
         ["cores", str(num_cores()), f"{platform.machine()}, {platform.system()}"],
         ["memory", _memory(), ""],
+        *([f"for {target}", *_device_compiler(target)] for target in TARGETS),
+        ["libraries", *_libraries()],
+        ["GPUs", ", ".join(_gpus()) or "none", "as the driver lists them"],
     ]
     for package, purpose in _OPTIONAL.items():
         try:
             rows.append([package, metadata.version(package), purpose])
         except metadata.PackageNotFoundError:
             rows.append([package, "not installed", f"optional: {purpose}"])
-    rows.append(["backends", "cpu", "the only one in this version: no code of flashmoe runs on a GPU yet"])
     print_table(["", "", ""], rows, num_names=3)
     say("")
     model = MoEModel(d_model=64, d_ff=32, num_experts=8, top_k=2, name="tiny")
@@ -77,6 +83,33 @@ def _compiler() -> str:
         return "none found"
     done = subprocess.run([path, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False)
     return f"{os.path.basename(path)} {done.stdout.strip()}"
+
+
+def _device_compiler(target: str) -> tuple[str, str]:
+    try:
+        compiler = find_compiler(target)
+    except BuildError as error:
+        return "no compiler", str(error)
+    return compiler.name, compiler.path
+
+
+def _libraries() -> tuple[str, str]:
+    """How many device libraries the cache has, and where it is."""
+    sizes = [file.stat().st_size for file in cache_folder().glob("*.so")]
+    return f"{len(sizes)}, {as_bytes(sum(sizes))}", f"built for a layer's shape at its first use, in {cache_folder()}"
+
+
+def _gpus() -> list[str]:
+    """NVIDIA's by model, AMD's by architecture; from the drivers' files, so that no runtime is needed."""
+    found = []
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        model = re.search(r"^Model:\s*(.+)", file.read_text(), re.M)
+        found.append(model[1] if model else "unknown NVIDIA GPU")
+    for file in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
+        version = re.search(r"^gfx_target_version (\d+)", file.read_text(), re.M)
+        if version and (number := int(version[1])):  # 0: a CPU
+            found.append(f"gfx{number // 10000}{number // 100 % 100}{number % 100:x}")
+    return sorted(found)
 
 
 def _memory() -> str:

@@ -50,9 +50,10 @@ def errors_as_exit_status() -> Iterator[None]:
         _exit(error, 2)
     except RuntimeError as error:
         from flashmoe.hw import LaunchError
+        from flashmoe.hw.compilers import BuildError
         from flashmoe.sim import DeadlockError
 
-        if not isinstance(error, LaunchError | DeadlockError):
+        if not isinstance(error, BuildError | LaunchError | DeadlockError):
             raise  # a bug: its traceback is wanted
         _exit(error, 1)
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flashmoe.hw.compilers import TARGETS, BuildError, Compiler, find_compiler
 from flashmoe.model import MoEModel
 
-TARGETS = ("sm_90", "gfx942")
-
-_BITCODE = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
-
-
-class BuildError(RuntimeError):
-    """No library: a compiler is missing, or did not get through."""
+__all__ = ["TARGETS", "BuildError", "build_library", "cache_folder", "check_shape", "log_of", "source_folder"]
 
 
 def check_shape(model: MoEModel) -> None:
@@ -49,110 +44,107 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FLASHMOE_CACHE") or Path.home() / ".cache" / "flashmoe").expanduser()
 
 
+def log_of(library: Path) -> Path:
+    """What the compiler said when it made a library; nvcc says what each kernel takes."""
+    return library.with_suffix(".log")
+
+
 def build_library(model: MoEModel, target: str = "sm_90", *, progress: Callable[[str], None] | None = None) -> Path:
     """Compile the device code for a model's shape, unless the cache has it.
 
-    target: sm_90 gives a shared library; gfx942 a code object.
     progress: called with one line before a compile; not on a hit.
-    Returns: the file in the cache; its name holds a digest of sources, flags and compiler version.
-    Raises: ValueError for a shape or target that cannot be done; BuildError when there is no compiler or it fails.
+    Returns: the shared library in the cache; its name holds a digest of sources, flags and compiler version.
+    Raises: ValueError for a shape or target that cannot be done; BuildError when there is no compiler, it fails, or
+    the cache cannot be written.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r} (accepted: {', '.join(TARGETS)})")
     check_shape(model)
+    compiler = find_compiler(target)
     sources = source_folder()
-    compiler, flags = _cuda(sources) if target == "sm_90" else _hip(sources)
-    flags += [
+    flags = [
+        "-O3",
+        "-std=c++17",
+        *compiler.compile_flags,
+        *("-I", str(sources / "include"), "-I", str(sources / "kernel")),
         f"-DFLASHMOE_D_MODEL={model.d_model}",
         f"-DFLASHMOE_D_FF={model.d_ff}",
         f"-DFLASHMOE_NUM_EXPERTS={model.num_experts}",
         f"-DFLASHMOE_TOP_K={model.top_k}",
         f"-DFLASHMOE_NORM_TOPK={int(model.norm_topk_prob)}",
     ]
-    suffix = "so" if target == "sm_90" else "hsaco"
-    done = cache_folder() / f"{target}-{_digest(sources, compiler, flags)}.{suffix}"
-    if done.is_file():
+    done = cache_folder() / f"{target}-{_digest(sources, compiler, flags)}.so"
+    if _is_whole(done):
         return done
     if progress is not None:
         shape = f"d_model {model.d_model}, d_ff {model.d_ff}, {model.num_experts} experts, top {model.top_k}"
-        progress(f"compiling {shape} for {target} with {Path(compiler).name}")
-    done.parent.mkdir(parents=True, exist_ok=True)
-    # a folder of its own, then one rename: builders at the same time do the work twice, and nobody sees half a file
-    with tempfile.TemporaryDirectory(dir=done.parent) as scratch:
-        made = Path(scratch) / done.name
-        if target == "sm_90":
-            _compile_cuda(compiler, flags, sorted((sources / "device").glob("*.cu")), made)
-        else:
-            _call([compiler, *flags, str(sources / "device" / "general.hip"), "-o", str(made)])
-        made.replace(done)
+        progress(f"compiling {shape} for {target} with {compiler.name}")
+    try:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        # a folder of its own, then renames: builders at the same time do the work twice, and nobody sees half a file
+        with tempfile.TemporaryDirectory(prefix="build-", dir=done.parent) as scratch:
+            made = Path(scratch) / done.name
+            log_of(made).write_text(_compile(compiler, flags, sources / "device", made))
+            log_of(made).replace(log_of(done))
+            made.replace(done)
+    except OSError as error:
+        raise BuildError(
+            f"cannot write {error.filename or done}: {error.strerror} (FLASHMOE_CACHE names another folder)"
+        ) from error
     return done
 
 
-def _cuda(sources: Path) -> tuple[str, list[str]]:
-    compiler = shutil.which("nvcc")
-    if compiler is None:
-        raise BuildError("nvcc is not in PATH (install the CUDA toolkit, 12.4 or later)")
-    flags = ["-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--threads", "0"]
-    return compiler, [*flags, "-I", str(sources / "include"), "-I", str(sources / "kernel")]
-
-
-def _compile_cuda(compiler: str, flags: list[str], files: list[Path], made: Path) -> None:
+def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> str:
+    """Make the library of all files that this compiler takes, and give what it said."""
+    files = sorted(folder.glob(f"*{compiler.suffix}"))
     if not files:
-        raise BuildError("hip_src/device has no .cu file")
+        raise BuildError(f"{folder} has no {compiler.suffix} file")
+    if compiler.device_libraries is not None:
+        flags = [*flags, f"--hip-device-lib-path={_with_gfx942(compiler.device_libraries, made.parent / 'bitcode')}"]
     objects = [made.parent / f"{file.stem}.o" for file in files]
-    jobs = [[compiler, *flags, "-c", str(file), "-o", str(o)] for file, o in zip(files, objects, strict=True)]
+    jobs = [[compiler.path, *flags, "-c", str(file), "-o", str(o)] for file, o in zip(files, objects, strict=True)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(_call, jobs))
-    _call([compiler, "-shared", "-cudart", "static", *map(str, objects), "-o", str(made)])
+        said = list(pool.map(_call, jobs))
+    said.append(_call([compiler.path, "-shared", *map(str, objects), *compiler.link_flags, "-o", str(made)]))
+    return "".join(said)
 
 
-def _hip(sources: Path) -> tuple[str, list[str]]:
-    flags = ["--offload-arch=gfx942", "--no-gpu-bundle-output", "-O3", "-std=c++17"]
-    flags += ["-I", str(sources / "include"), "-I", str(sources / "kernel")]
-    hipcc = shutil.which("hipcc")
-    if hipcc is not None:
-        return hipcc, ["--genco", *flags]
-    clang = shutil.which("clang++-19")
-    if clang is None:
-        raise BuildError("neither hipcc nor clang++-19 is in PATH (install ROCm, or clang-19 and rocm-device-libs)")
-    paths = ["--rocm-path=/usr", f"--hip-device-lib-path={_bitcode()}"]
-    return clang, ["-x", "hip", "--offload-device-only", *flags, *paths]
+def _with_gfx942(bitcode: Path, folder: Path) -> Path:
+    """A folder with AMD's device libraries, and the gfx942 part that Debian's lack: the one of 940 says the same."""
+    folder.mkdir()
+    for file in bitcode.glob("*.bc"):
+        (folder / file.name).symlink_to(file)
+    part = folder / "oclc_isa_version_942.bc"
+    if not part.exists():
+        part.symlink_to(bitcode / "oclc_isa_version_940.bc")
+    return folder
 
 
-def _bitcode() -> Path:
-    """A folder with the distribution's device library, and the gfx942 part that old versions of it lack."""
-    made = cache_folder() / "bitcode"
-    if made.is_dir():
-        return made
-    if not (_BITCODE / "ocml.bc").is_file():
-        raise BuildError(f"{_BITCODE} has no AMD device library (install rocm-device-libs)")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=made.parent))
-    for file in _BITCODE.glob("*.bc"):
-        shutil.copy(file, scratch)
-    version = scratch / "oclc_isa_version_942.bc"
-    if not version.is_file():
-        shutil.copy(scratch / "oclc_isa_version_940.bc", version)
+def _is_whole(library: Path) -> bool:
+    """False for a file that a full disk or a power failure cut: the section headers end an ELF file."""
     try:
-        scratch.rename(made)
-    except OSError:  # somebody else was first
-        shutil.rmtree(scratch)
-    return made
+        with library.open("rb") as file:
+            header = file.read(64)
+    except OSError:  # missing, as a rule; whatever else it is, writing will tell
+        return False
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    entry_bytes, entries = struct.unpack_from("<HH", header, 58)
+    return library.stat().st_size >= int(offset + entry_bytes * entries)
 
 
-def _digest(sources: Path, compiler: str, flags: list[str]) -> str:
+def _digest(sources: Path, compiler: Compiler, flags: list[str]) -> str:
     digest = hashlib.sha256()
     for folder in ("include", "kernel", "device"):
         for file in sorted((sources / folder).rglob("*")):
             if file.is_file():
                 digest.update(str(file.relative_to(sources)).encode() + b"\0" + file.read_bytes() + b"\0")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update("\0".join(flags).encode() + version)
+    digest.update("\0".join([*flags, *compiler.link_flags, compiler.name]).encode())
     return digest.hexdigest()[:24]
 
 
-def _call(command: list[str]) -> None:
+def _call(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise BuildError(f"{Path(command[0]).name} failed with status {done.returncode}:\n{last}")
+    return done.stdout + done.stderr
