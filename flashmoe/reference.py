@@ -21,7 +21,12 @@ def gate_logits(model: MoEModel, weights: Weights, x: NDArray[Any]) -> Float32:
     the rounding decides which of two close experts is chosen.
     """
     _check_inputs(model, weights, x)
-    return _rounded(_rounded(x, model) @ _rounded(weights.gate, model).T, model)
+    return router_logits(model, weights.gate, x)
+
+
+def router_logits(model: MoEModel, gate: NDArray[Any], x: NDArray[Any]) -> Float32:
+    """`gate_logits` with the router's matrix (num_experts, d_model) alone."""
+    return _rounded(_rounded(x, model) @ _rounded(gate, model).T, model)
 
 
 def route(logits: Float32, model: MoEModel) -> tuple[NDArray[np.int32], Float32]:

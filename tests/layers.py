@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flashmoe.model import MoEModel
+from flashmoe.reference import gate_logits, moe_layer, relative_error
 from flashmoe.routing import Routing
 from flashmoe.tasks import TaskTable, Tiling
+from flashmoe.weights import Weights
 
 BUILT_IN_POLICIES = [
     "ancestor",
@@ -26,12 +29,49 @@ BUILT_IN_POLICIES = [
 
 ODD = MoEModel(d_model=96, d_ff=40, num_experts=6, top_k=2, dtype="f32", name="odd")
 EIGHT = MoEModel(d_model=24, d_ff=20, num_experts=8, top_k=3, dtype="f32", name="eight")  # for 1, 2, 4 and 8 PEs
+ERROR = {"f32": 1e-5, "bf16": 1e-2}  # relative, of an executor against the reference or transformers
+
+
+@functools.cache
+def weights_of(model: MoEModel) -> Weights:
+    return Weights.random(model, seed=5)
 
 
 def tokens(model: MoEModel, counts: Sequence[int], seed: int = 0) -> list[NDArray[Any]]:
     """One (count, d_model) array of normal numbers per PE. All tokens lie in one stream: only the cuts differ."""
     rows = np.random.default_rng(seed).standard_normal((sum(counts), model.d_model)).astype(model.numpy_dtype)
     return np.split(rows, np.cumsum(counts)[:-1])
+
+
+def tokens_without_ties(model: MoEModel, weights: Weights, counts: Sequence[int]) -> list[NDArray[Any]]:
+    """Tokens whose last chosen and first refused expert are far enough apart that rounding cannot swap them.
+
+    In bf16 logits are rounded to 8 bits, so two experts are equal now and then; which one is chosen then depends on
+    the order in which a product was summed. That is no error, and another expert is another result.
+    """
+    for seed in range(200):
+        x = tokens(model, counts, seed)
+        logits = -np.sort(-gate_logits(model, weights, np.concatenate(x)), axis=1)
+        gap = logits[:, model.top_k - 1] - logits[:, model.top_k]
+        # two steps of bf16 at this size; many times the noise of a float32 sum
+        if (gap > 2**-6 * np.abs(logits).max(axis=1)).all():
+            return x
+    raise AssertionError("no seed without near-ties")
+
+
+def expected(model: MoEModel, x: Sequence[NDArray[Any]], routing: Routing) -> list[NDArray[Any]]:
+    """The reference, for the experts that were really used: a near-tie in the gate must not count as an error."""
+    pairs = zip(routing.topk_idx, routing.topk_weights, strict=True)
+    return [moe_layer(model, weights_of(model), rows, pair) for rows, pair in zip(x, pairs, strict=True)]
+
+
+def assert_right(model: MoEModel, x: Sequence[NDArray[Any]], result: Any) -> None:
+    """result: what a run with weights_of(model) gave."""
+    assert relative_error(result.outputs, expected(model, x, result.routing)) < ERROR[model.dtype]
+
+
+def bits(outputs: Sequence[NDArray[Any]]) -> list[bytes]:
+    return [rows.tobytes() for rows in outputs]
 
 
 def routing_from(rows: Sequence[Sequence[Sequence[int]]], num_experts: int) -> Routing:

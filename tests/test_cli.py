@@ -371,7 +371,7 @@ def test_doctor_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch) -> Non
         ("simulate --out /proc/t.npz", "cannot write /proc/t.npz: "),
         ("simulate --routing uniform@balanced --placement strided", "placement='strided', but routing"),
         ("simulate --plot t.bmp", ".png"),
-        ("run --backend hip", "cpu"),
+        ("run --backend tpu", "cpu, cuda, hip"),
         ("run --model gpt", "qwen3-30b-a3b"),
         ("run --model qwen3-30b-a3b --checkpoint .", "one of them"),
         ("run --checkpoint .", "config.json"),

@@ -60,7 +60,7 @@ def policy_of(trace: Trace, *, gate: bool) -> Policy:
     return Policy.from_trace(trace)
 
 
-def choose_tiling(policy: str, granularity: str | None, down: str | None) -> Tiling | None:
+def choose_tiling(policy: str | Policy, granularity: str | None, down: str | None) -> Tiling | None:
     """The tiling that the options ask for; None when the policy's own shall be taken."""
     if granularity is None and down is None:
         return None

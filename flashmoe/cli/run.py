@@ -24,7 +24,7 @@ from flashmoe.cli.screen import (
     say,
 )
 from flashmoe.model import MoEModel
-from flashmoe.policy import policy_names, resolve
+from flashmoe.policy import policy_names
 from flashmoe.trace import Trace
 from flashmoe.weights import Weights
 
@@ -36,6 +36,7 @@ EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "flashmoe run --tokens 4 --workers 2\n\n"
     "flashmoe run --checkpoint ~/Qwen3-30B-A3B --layer 7 --pes 4 --policy expert_lpt --out run.npz\n\n"
+    "flashmoe run --backend cuda --tokens 8 --out gpu.npz\n\n"
     "[dim]# a simulated schedule, repeated by threads[/dim]\n\n"
     "flashmoe simulate --machine host --ep 2 --tokens 4 --workers 2 --out plan.npz\n\n"
     "flashmoe run --replay plan.npz --out run.npz\n\n"
@@ -44,7 +45,12 @@ EXAMPLES = (
 
 
 def run(
-    backend: Annotated[str, typer.Option(help="cpu: every PE is a group of threads.")] = "cpu",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="cpu: every PE is a group of threads. cuda (H100, H200) or hip (MI300X): the PEs share one card."
+        ),
+    ] = "cpu",
     model: Annotated[
         str | None,
         typer.Option(help="Preset, with random weights. [dim]default: qwen3-30b-a3b, 1.2 GB[/dim]"),
@@ -53,8 +59,12 @@ def run(
         Path | None, typer.Option(help="Qwen3-MoE folder of Hugging Face: config.json and safetensors.")
     ] = None,
     layer: Annotated[int, typer.Option(help="Layer of the checkpoint.")] = 0,
-    pes: Annotated[int | None, typer.Option(help="PEs that share the experts. [dim]default: 2[/dim]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Workers (threads) per PE. [dim]default: 4[/dim]")] = None,
+    pes: Annotated[
+        int | None, typer.Option(help="PEs that share the experts. [dim]default: 2, on a GPU 1[/dim]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Workers per PE: threads, or CUs. [dim]default: 4; on a GPU all of its CUs[/dim]")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per PE, random. [dim]default: 4[/dim]")] = None,
     routing: Annotated[
         str | None,
@@ -64,7 +74,11 @@ def run(
         ),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(policy_names())}. [dim]default: ticket[/dim]")
+        str | None,
+        typer.Option(
+            help=f"One of: tuned (the best known on a GPU), {', '.join(policy_names())}. "
+            "[dim]default: ticket; on a GPU tuned[/dim]"
+        ),
     ] = None,
     granularity: inputs.Granularity = None,
     down: inputs.Down = None,
@@ -90,7 +104,7 @@ def run(
     """Compute one layer for real with the task system, and check it against a plain numpy reference."""
     check_writable(out)
     check_writable(save_routing, (".npz",))
-    from flashmoe.hw import BACKENDS
+    from flashmoe.hw import BACKENDS, choose, prepare
     from flashmoe.hw import run as launch
 
     if backend not in BACKENDS:
@@ -104,24 +118,27 @@ def run(
     seed = int(known.get("seed", 0)) if seed is None else seed
     sizes = _model(model, checkpoint, dtype, known)
     pes = known.get("ep_size") if pes is None else pes
-    workers = known.get("num_workers", 4) if workers is None else workers
+    workers = known.get("num_workers") if workers is None else workers
+    default_pes, default_policy = (2, "ticket") if backend == "cpu" else (1, "tuned")
     counts = tokens if tokens is not None else known.get("num_tokens")
     text = routing or known.get("routing_name", "gate")
     given = None
     if text == "gate":
-        pes, counts = 2 if pes is None else pes, 4 if counts is None else counts
+        pes, counts = default_pes if pes is None else pes, 4 if counts is None else counts
     else:
-        given = inputs.make_routing(text, sizes, counts, pes, seed, default=(4, 2))
+        given = inputs.make_routing(text, sizes, counts, pes, seed, default=(4, default_pes))
         pes, counts = given.ep_size, list(given.num_tokens)
     sizes.experts_per_pe(pes)
+    per_pe = [counts] * pes if isinstance(counts, int) else counts
     if trace is None:
-        name = policy or "ticket"
-        chosen = resolve(name, inputs.choose_tiling(name, granularity, down))
+        chosen = choose(policy or default_policy, sizes, max(per_pe), pes)
+        chosen = chosen.with_tiling(inputs.choose_tiling(chosen, granularity, down))
     else:
         chosen = inputs.policy_of(trace, gate=given is None)
-    x = random_tokens(sizes, [counts] * pes if isinstance(counts, int) else counts, seed)
+    x = random_tokens(sizes, per_pe, seed)
+    prepare(sizes, backend)
     weights = _weights(sizes, checkpoint, layer, seed)
-    with progress(f"computing on {pes} x {workers} threads"):
+    with progress(f"computing on {pes} PEs ({backend})"):
         result = launch(
             sizes,
             weights,
@@ -146,7 +163,7 @@ def run(
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "layer": None if checkpoint is None else layer,
         "pes": pes,
-        "workers": workers,
+        "workers": header["num_workers"],
         "tokens": inputs.common_number(result.routing.num_tokens),
         **inputs.routing_inputs(result.routing),
         "policy": header["policy"],

@@ -49,11 +49,10 @@ def errors_as_exit_status() -> Iterator[None]:
     except (ValueError, ImportError, OSError) as error:
         _exit(error, 2)
     except RuntimeError as error:
-        from flashmoe.hw import LaunchError
-        from flashmoe.hw.compilers import BuildError
+        from flashmoe.hw import BuildError, DeviceError, LaunchError
         from flashmoe.sim import DeadlockError
 
-        if not isinstance(error, BuildError | LaunchError | DeadlockError):
+        if not isinstance(error, BuildError | DeviceError | LaunchError | DeadlockError):
             raise  # a bug: its traceback is wanted
         _exit(error, 1)
 

@@ -134,7 +134,7 @@ class Layer:
         if routing is not None:
             check_routing(self.model, routing, num_tokens)
         if self._follows_lists:
-            expected = routing or self._expected_routing(tokens)
+            expected = routing or expected_routing(self.model, self.weights.gate, tokens)
             table = TaskTable(self.model, expected, self.policy.tiling, gate=routing is None)
             schedule = to_schedule(self.policy, table, self.workers)
             digests = table.plan_digests
@@ -160,9 +160,6 @@ class Layer:
         else:
             used = routing
         return RunResult(outputs, self._trace(used, gate=routing is None, seed=seed), used)
-
-    def _expected_routing(self, tokens: list[NDArray[Any]]) -> Routing:
-        return expected_routing(self.model, self.weights, tokens)
 
     def _trace(self, routing: Routing, *, gate: bool, seed: int) -> Trace:
         buffers = self._native.traces() if self._traced else []

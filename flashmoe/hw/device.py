@@ -1,20 +1,16 @@
-"""The GPU backend: PEs share one card, a library built for the layer's shape does the work."""
+"""The GPU backends: PEs share one card, a library built for the layer's shape does the work."""
 
 from __future__ import annotations
 
-import ctypes as c
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.hw.build import BuildError, build_library, check_shape
-from flashmoe.hw.fault import launch_error
+from flashmoe.hw.driver import driver_version
 from flashmoe.hw.launches import (
-    RECORD_DTYPE,
     RunResult,
     check_range,
     check_routing,
@@ -23,283 +19,249 @@ from flashmoe.hw.launches import (
     launch_trace,
     take_tokens,
 )
+from flashmoe.hw.library import MAX_PES, MAX_TOKENS, DeviceBuffer, download
+from flashmoe.hw.native_layer import KERNELS, NativeLayer
+from flashmoe.hw.packed import PackedWeights
+from flashmoe.hw.tensors import current_stream, is_tensor, pointer_of
+from flashmoe.hw.tuned import tuned_ranges
 from flashmoe.model import MoEModel
-from flashmoe.policy import QUEUES, Policy, resolve
+from flashmoe.policy import Policy, resolve
 from flashmoe.routing import Routing
-from flashmoe.schedule import to_schedule
-from flashmoe.tasks import ORDERS, TaskTable, Tiling
+from flashmoe.tasks import TaskTable, Tiling
+from flashmoe.trace import Trace
 from flashmoe.weights import Weights
 
-ABI, MAX_PES, MAX_TOKENS = 1, 8, 1024
-_NONE = 0xFFFFFFFF
-_TRACE_CAPACITY = 1 << 14  # records of a worker
-_u32, _u64, _pointers = c.c_uint32, c.c_uint64, c.c_void_p * MAX_PES
-
-
-def _u32s(names: str) -> list[tuple[str, Any]]:
-    return [(name, _u32) for name in names.split()]
-
-
-# field for field the structures of hip_src/device/api.h
-
-
-class FlashmoeShape(c.Structure):
-    _fields_ = _u32s("d_model d_ff num_experts top_k num_pes norm_topk_prob dtype")
-
-
-class FlashmoeTiling(c.Structure):
-    _fields_ = _u32s(
-        "granularity down gate_tokens gate_experts dispatch_tokens up_rows down_rows block_tokens experts_per_pick "
-        "combine_tokens"
-    )
-
-
-class FlashmoeConfig(c.Structure):
-    _fields_ = [
-        *_u32s("num_pes max_tokens"),
-        ("tiling", FlashmoeTiling),
-        *_u32s("queue order look_ahead num_workers num_domains trace_capacity kernel"),
-        ("deadline_ns", _u64),
-    ]
-
-
-class FlashmoeWeights(c.Structure):
-    _fields_ = [("gate_device", c.c_void_p), ("gate_up_device", c.c_void_p), ("down_device", c.c_void_p)]
-
-
-class FlashmoeInput(c.Structure):
-    _fields_ = [
-        ("x_device", _pointers),
-        ("out_device", _pointers),
-        ("topk_idx_device", _pointers),
-        ("topk_weights_device", _pointers),
-        ("replay_offset_device", _pointers),
-        ("replay_ids_device", _pointers),
-        ("replay_digest", _u64 * MAX_PES),
-        ("num_tokens", _u32 * MAX_PES),
-    ]
-
-
-class FlashmoeFault(c.Structure):
-    _fields_ = [*_u32s("kind pe worker task_id epoch event index src")] + [
-        (name, _u64) for name in ("seen", "wanted", "waited_ns")
-    ]
-
-
-class FlashmoeDevice(c.Structure):
-    _fields_ = [
-        ("name", c.c_char * 64),
-        ("arch", c.c_char * 32),
-        *_u32s("num_cus shared_bytes_per_wg"),
-        ("memory_bytes", _u64),
-        ("l2_bytes", _u64),
-    ]
-
-
-class _Library:
-    """The functions of a device library; an error of one is a RuntimeError with the library's text."""
-
-    def __init__(self, path: Path, model: MoEModel) -> None:
-        """Raises: BuildError when the library cannot be loaded or is for another shape or version."""
-        try:
-            self._dll = c.CDLL(str(path))
-        except OSError as error:
-            raise BuildError(f"cannot load {path}: {error}") from error
-        self._dll.flashmoe_error.restype = c.c_char_p
-        self._dll.flashmoe_kernel_name.restype = c.c_char_p
-        self._dll.flashmoe_pack_scratch.restype = _u64
-        self._dll.flashmoe_workspace_bytes.restype = _u64
-        self._dll.flashmoe_num_workers.restype = _u32
-        if (abi := self._dll.flashmoe_abi()) != ABI:
-            raise BuildError(f"{path}: version {abi} of the interface (this flashmoe has {ABI})")
-        shape = FlashmoeShape()
-        self._dll.flashmoe_shape(c.byref(shape))
-        for name in ("d_model", "d_ff", "num_experts", "top_k", "norm_topk_prob"):
-            if getattr(shape, name) != getattr(model, name):
-                raise BuildError(f"{path}: built for {name}={getattr(shape, name)} (wanted {getattr(model, name)})")
-
-    def call(self, name: str, *arguments: Any) -> None:
-        if getattr(self._dll, f"flashmoe_{name}")(*arguments):
-            raise RuntimeError(f"{name}: {(self._dll.flashmoe_error() or b'').decode(errors='replace')}")
-
-    def get(self, name: str, *arguments: Any) -> Any:
-        return getattr(self._dll, f"flashmoe_{name}")(*arguments)
+_CLOCK_STEP_PS = {"cuda": 32_000, "hip": 10_000}  # in which the device's clock advances: platform.hpp
 
 
 class DeviceLayer:
-    """One layer, its weights and a workspace on the card, to be launched as often as wanted."""
+    """One layer, its weights and a workspace on the card, to be launched as often as wanted.
+
+    Launches of one layer share its workspace: they must follow each other, on one stream or ordered by events.
+    """
 
     def __init__(
         self,
         model: MoEModel,
-        weights: Weights,
+        weights: Weights | PackedWeights,
         *,
         ep_size: int,
         max_tokens: int,
         workers: int = 0,
-        policy: str | Policy = "ticket",
+        policy: str | Policy = "tuned",
         tiling: Tiling | None = None,
         domains: int = 2,
         deadline_s: float = 60.0,
         trace: bool = True,
+        backend: str = "cuda",
+        kernel: str = "best",
     ) -> None:
-        """workers: per PE; 0: all of the card. max_tokens: of one PE, 0..1024. trace=False records nothing.
+        """max_tokens: of one PE, 0..1024. workers: per PE; 0: all of the card. trace=False records nothing.
 
-        Raises: ValueError naming the bad argument; BuildError without a compiler; RuntimeError without a GPU.
+        policy: "tuned" takes what is best for the tokens of each launch; there is a workspace for each such choice.
+        backend: cuda or hip. kernel: best (the fastest that can), general, or pipeline.
+        Raises: ValueError naming what the kernels cannot do; BuildError without a compiler; DeviceError without a
+        card that the kernels are for, or when its memory does not suffice.
         """
-        self._memory: list[c.c_void_p] = []
-        self._layer = c.c_void_p()
-        check_shape(model)
         check_range("ep_size", ep_size, 1, MAX_PES)
         check_range("max_tokens", max_tokens, 0, MAX_TOKENS)
         check_range("workers", workers, 0, 1 << 16)
         check_range("domains", domains, 1, 256)
         if not 0 < deadline_s < 1e6:
             raise ValueError(f"deadline_s={deadline_s} (accepted: above 0 and below 1e6)")
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel={kernel!r} (accepted: {', '.join(KERNELS)})")
         model.experts_per_pe(ep_size)
-        weights.check(model)
-        self.model, self.ep_size, self.max_tokens = model, ep_size, max_tokens
-        self.policy, self.weights = resolve(policy, tiling), weights.cast(model.dtype)
-        self._follows_lists = self.policy.queue == "replay" or self.policy.rank is not None
-        self._traced, self._taking_turns = trace, threading.Lock()
-        self._library = _Library(build_library(model), model)
-        self._card = FlashmoeDevice()
-        self._library.call("device", c.byref(self._card))
-        gate, gate_up, down = map(self._upload, (self.weights.gate, self.weights.gate_up, self.weights.down))
-        scratch = self._malloc(self._library.get("pack_scratch"))
-        self._library.call("pack", gate_up, down, scratch, None)
-        self._library.call("synchronize")
-        self._free(scratch)
-        cut = self.policy.tiling.to_dict()
-        cut["granularity"] = ("tile", "token").index(cut["granularity"])
-        cut["down"] = ("tile", "rows").index(cut["down"])
-        config = FlashmoeConfig(
-            num_pes=ep_size,
-            max_tokens=max_tokens,
-            tiling=FlashmoeTiling(**cut),
-            queue=QUEUES.index("replay" if self._follows_lists else self.policy.queue),
-            order=ORDERS.index(self.policy.order),
-            look_ahead=self.policy.look_ahead,
-            num_workers=workers,
-            num_domains=min(domains, workers) if workers else domains,
-            trace_capacity=_TRACE_CAPACITY if trace else 0,
-            deadline_ns=int(deadline_s * 1e9),
-        )
-        on_card = FlashmoeWeights(gate, gate_up, down)
-        self._library.call("create", c.byref(config), c.byref(on_card), c.byref(self._layer))
-        self.workers = int(self._library.get("num_workers", self._layer))
+        if policy == "tuned":
+            policies = [(most, best.with_tiling(tiling)) for most, best in tuned_ranges(model, max_tokens, ep_size)]
+        else:
+            policies = [(max_tokens, resolve(policy, tiling))]
+        self.model, self.ep_size, self.max_tokens, self.backend = model, ep_size, max_tokens, backend
+        self.weights = weights if isinstance(weights, PackedWeights) else PackedWeights(model, weights, backend=backend)
+        if (self.weights.model, self.weights.library.backend) != (model, backend):
+            raise ValueError(f"weights packed for {self.weights.model} and {self.weights.library.backend!r}")
+        self._library = self.weights.library
+        self._card = self._library.card()
+        if workers * ep_size > self._card.num_cus:
+            raise ValueError(
+                f"workers={workers} on {ep_size} PEs ({self._card.name.decode()} has {self._card.num_cus} "
+                f"CUs, and all workers must run at once: accepted: 0..{self._card.num_cus // ep_size})"
+            )
+        self._natives = [
+            NativeLayer(
+                self.weights,
+                chosen,
+                ep_size=ep_size,
+                max_tokens=most,
+                workers=workers,
+                domains=domains,
+                deadline_s=deadline_s,
+                trace=trace,
+                kernel=kernel,
+            )
+            for most, chosen in policies
+        ]
+        self.workers = self._natives[-1].num_workers
         self.domains = min(domains, self.workers)
-
-    def __del__(self) -> None:
-        library = getattr(self, "_library", None)
-        if library is None:
-            return
-        if self._layer:
-            library.get("destroy", self._layer)
-        for pointer in self._memory:
-            library.get("free", pointer)
+        self._last: tuple[NativeLayer, list[int], bool] | None = None  # layer, tokens per PE, gate inside
+        self._taking_turns = threading.Lock()
 
     @property
     def workspace_bytes(self) -> int:
-        """Workspaces and symmetric heaps of all PEs, without weights."""
-        return int(self._library.get("workspace_bytes", self._layer))
+        """Workspaces and symmetric heaps of all PEs, and room for traces; without weights."""
+        return sum(native.workspace_bytes for native in self._natives)
 
-    def __call__(self, x: Sequence[NDArray[Any]], *, routing: Routing | None = None, seed: int = 0) -> RunResult:
+    def launch(
+        self,
+        x: Sequence[int],
+        out: Sequence[int],
+        num_tokens: Sequence[int],
+        *,
+        topk_idx: Sequence[int] | None = None,
+        topk_weights: Sequence[int] | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Launch once on a stream, asynchronously: nothing is allocated or waited for, and a graph can capture it.
+
+        All lists have an element a PE, most of them device pointers (0 where a PE has no tokens):
+        x, out: (num_tokens, d_model) bfloat16, aligned to 16 bytes, not overlapping.
+        topk_idx, topk_weights: (num_tokens, top_k) int32 and float32; -1 drops a slot. None: the gate decides.
+        stream: a cudaStream_t or hipStream_t.
+        Raises: ValueError naming what does not fit. A launch that cannot go on writes no output, nor do those after
+        it: `check` tells.
+        """
+        if (topk_idx is None) != (topk_weights is None):
+            raise ValueError("one of topk_idx and topk_weights (accepted: both or neither)")
+        for values in (x, out, num_tokens, topk_idx, topk_weights):
+            if values is not None and len(values) != self.ep_size:
+                raise ValueError(f"{len(values)} elements (must be one per PE, {self.ep_size})")
+        if any(pointer % 16 for pointer in (*x, *out)):
+            raise ValueError("x or out is not aligned to 16 bytes")
+        native = self._native_for(num_tokens)
+        native.launch(x, out, num_tokens, topk_idx, topk_weights, stream)
+        self._last = native, list(num_tokens), topk_idx is None
+
+    def follow(self, routing: Routing, *, gate: bool) -> None:
+        """Get ready for launches with this routing under a policy that follows lists: a replay, or one in Python.
+
+        gate: whether the gate will be inside. Not asynchronous; calls of the layer do it by themselves.
+        """
+        self._native_for(routing.num_tokens).follow(routing, gate=gate)
+
+    def check(self) -> None:
+        """Wait for the device. Raises: LaunchError when a launch could not go on; the next one can again."""
+        for native in self._natives:
+            native.check()
+
+    def last_run(self, *, seed: int = 0) -> tuple[Trace, Routing]:
+        """Wait for the device; trace and routing of the last launch, with no records when it had no tokens.
+
+        Raises: LaunchError as `check`; ValueError when nothing was launched.
+        """
+        if self._last is None:
+            raise ValueError("nothing was launched (accepted: after a launch)")
+        self.check()
+        native, counts, gate = self._last
+        routing = self._routing(native, counts)
+        return self._trace(native, routing, gate=gate, seed=seed), routing
+
+    def __call__(self, x: Sequence[Any], *, routing: Routing | None = None, seed: int = 0) -> RunResult:
         """Launch once. Arguments and errors as in `flashmoe.run`; launches from several threads take turns."""
         with self._taking_turns:
-            kept = len(self._memory)
-            try:
-                return self._launch(x, routing, seed)
-            finally:
-                for pointer in self._memory[kept:]:
-                    self._free(pointer)
+            return self._run(x, routing, seed)
 
-    def _launch(self, x: Sequence[NDArray[Any]], routing: Routing | None, seed: int) -> RunResult:
-        tokens = take_tokens(self.model, x, self.ep_size, self.max_tokens)
-        counts = [len(rows) for rows in tokens]
+    def _run(self, x: Sequence[Any], routing: Routing | None, seed: int) -> RunResult:
+        inputs = _Tensors(self, x) if any(map(is_tensor, x)) else _Arrays(self, x)
         if routing is not None:
-            check_routing(self.model, routing, counts)
-        given = FlashmoeInput()
-        if self._follows_lists:
-            expected = routing or expected_routing(self.model, self.weights, tokens)
-            table = TaskTable(self.model, expected, self.policy.tiling, gate=routing is None)
-            for pe, lists in enumerate(to_schedule(self.policy, table, self.workers)):
-                offsets = np.cumsum([0, *map(len, lists)], dtype=np.uint32)
-                given.replay_offset_device[pe] = self._upload(offsets).value
-                given.replay_ids_device[pe] = self._upload(np.array([i for ids in lists for i in ids], np.uint32)).value
-                given.replay_digest[pe] = table.plan_digests[pe]
-        outputs = [np.zeros(rows.shape, self.model.numpy_dtype) for rows in tokens]
-        for pe, rows in enumerate(tokens):
-            given.num_tokens[pe] = len(rows)
-            given.x_device[pe] = self._upload(rows).value
-            given.out_device[pe] = self._upload(outputs[pe]).value
-            if routing is not None:
-                given.topk_idx_device[pe] = self._upload(np.ascontiguousarray(routing.topk_idx[pe], np.int32)).value
-                scales = np.ascontiguousarray(routing.topk_weights[pe], np.float32)
-                given.topk_weights_device[pe] = self._upload(scales).value
-        self._library.call("launch", self._layer, c.byref(given), None)
-        fault = FlashmoeFault()
-        self._library.call("fault", self._layer, c.byref(fault))
-        buffers, ran, drops = self._traces()
-        if fault.kind:
-            told: dict[str, Any] = {name: getattr(fault, name) for name, *_ in FlashmoeFault._fields_}
-            for name in ("task_id", "src"):
-                told[name] = None if told[name] == _NONE else told[name]
-            told |= {"waited_s": told.pop("waited_ns") * 1e-9, "tasks_run": ran, "unfinished_pes": []}
-            self._library.call("reset", self._layer)
-            raise launch_error(told, self.workers)
-        for pe, rows in enumerate(outputs):
-            if rows.nbytes:
-                self._library.call(
-                    "copy", c.c_void_p(rows.ctypes.data), c.c_void_p(given.out_device[pe]), _u64(rows.nbytes)
-                )
-        used = routing or gate_routing(self.model, [self._routing(pe, count) for pe, count in enumerate(counts)])
+            check_routing(self.model, routing, inputs.counts)
+        native = self._native_for(inputs.counts)
+        if native.follows_lists:
+            expected = routing or expected_routing(self.model, self.weights.gate(), inputs.arrays())
+            native.follow(expected, gate=routing is None)
+        given: list[list[DeviceBuffer]] = []
+        if routing is not None:
+            for values, dtype in ((routing.topk_idx, np.int32), (routing.topk_weights, np.float32)):
+                given.append([DeviceBuffer.of(self._library, array.astype(dtype)) for array in values])
+        topk_idx, topk_weights = ([b.pointer for b in buffers] for buffers in given) if given else (None, None)
+        self.launch(
+            inputs.x, inputs.out, inputs.counts, topk_idx=topk_idx, topk_weights=topk_weights, stream=inputs.stream
+        )
+        self.check()
+        used = routing or self._routing(native, inputs.counts)
+        return RunResult(inputs.outputs(), self._trace(native, used, gate=routing is None, seed=seed), used)
+
+    def _native_for(self, num_tokens: Sequence[int]) -> NativeLayer:
+        most = max(num_tokens)
+        for native in self._natives:
+            if most <= native.max_tokens:
+                return native
+        raise ValueError(f"{most} tokens (the layer has room for max_tokens={self.max_tokens})")
+
+    def _routing(self, native: NativeLayer, counts: list[int]) -> Routing:
+        return gate_routing(self.model, [native.routing(pe, count) for pe, count in enumerate(counts)])
+
+    def _trace(self, native: NativeLayer, routing: Routing, *, gate: bool, seed: int) -> Trace:
+        # without any tokens a kernel need not run at all, and the records are those of the launch before
+        buffers, _, drops = native.records() if max(routing.num_tokens) else ([], [], 0)
         header = {
-            "executor": "cuda",
+            "executor": self.backend,
             "machine": self._card.arch.decode(),
             "device": self._card.name.decode(),
+            "driver": driver_version(self.backend),
+            "kernel": native.kernel_name,
+            "library": self._library.path.name,
             "num_workers": self.workers,
             "num_domains": self.domains,
-            "policy": self.policy.name,
+            "policy": native.policy.name,
+            "queue": native.policy.queue,
+            "order": native.policy.order,
             "seed": seed,
-            "clock": {"unit": "ps", "resolution_ps": 32000},
+            "clock": {"unit": "ps", "resolution_ps": _CLOCK_STEP_PS[self.backend]},
             "drops": drops,
         }
-        table = TaskTable(self.model, used, self.policy.tiling, gate=routing is None)
-        return RunResult(outputs, launch_trace(table, buffers, header), used)
+        return launch_trace(TaskTable(self.model, routing, native.policy.tiling, gate=gate), buffers, header)
 
-    def _routing(self, pe: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        idx = np.zeros((count, self.model.top_k), np.int32)
-        weights = np.zeros((count, self.model.top_k), np.float32)
-        places = c.c_void_p(idx.ctypes.data), c.c_void_p(weights.ctypes.data)
-        self._library.call("routing", self._layer, _u32(pe), *places)
-        return idx, np.nan_to_num(weights)  # a NaN token poisons its own output; a Routing holds numbers
 
-    def _traces(self) -> tuple[list[np.ndarray[Any, Any]], list[int], int]:
-        """Records of each worker, the number of tasks that each ran, and the records dropped in all."""
-        buffers: list[np.ndarray[Any, Any]] = []
-        ran, dropped = [], 0
-        for worker in range(self.ep_size * self.workers if self._traced else 0):
-            records, size, drops = np.zeros(_TRACE_CAPACITY, RECORD_DTYPE), _u32(), _u32()
-            where = _u32(worker // self.workers), _u32(worker % self.workers), c.c_void_p(records.ctypes.data)
-            self._library.call("trace", self._layer, *where, c.byref(size), c.byref(drops))
-            buffers.append(records[: size.value].copy())
-            ran.append(size.value + drops.value)
-            dropped += drops.value
-        return buffers, ran, dropped
+class _Arrays:
+    """Tokens in numpy arrays: copied to the card, and the outputs back."""
 
-    def _malloc(self, num_bytes: int) -> c.c_void_p:
-        pointer = c.c_void_p()
-        self._library.call("malloc", c.byref(pointer), _u64(max(num_bytes, 1)))
-        self._memory.append(pointer)
-        return pointer
+    stream = 0
 
-    def _free(self, pointer: c.c_void_p) -> None:
-        self._memory = [kept for kept in self._memory if kept is not pointer]
-        self._library.call("free", pointer)
+    def __init__(self, layer: DeviceLayer, x: Sequence[NDArray[Any]]) -> None:
+        self._library, self._tokens = layer._library, take_tokens(layer.model, x, layer.ep_size, layer.max_tokens)
+        self.counts = [len(rows) for rows in self._tokens]
+        self._x = [DeviceBuffer.of(self._library, rows) for rows in self._tokens]
+        self._out = [DeviceBuffer(self._library, rows.nbytes) for rows in self._tokens]
+        self.x, self.out = ([buffer.pointer for buffer in buffers] for buffers in (self._x, self._out))
 
-    def _upload(self, array: NDArray[Any]) -> c.c_void_p:
-        pointer = self._malloc(array.nbytes)
-        if array.nbytes:
-            self._library.call("copy", pointer, c.c_void_p(array.ctypes.data), _u64(array.nbytes))
-        return pointer
+    def arrays(self) -> list[NDArray[Any]]:
+        return self._tokens
+
+    def outputs(self) -> list[NDArray[Any]]:
+        pairs = zip(self.out, self._tokens, strict=True)
+        return [download(self._library, pointer, rows.shape, rows.dtype) for pointer, rows in pairs]
+
+
+class _Tensors:
+    """Tokens in tensors on the card: used where they are, and so are the outputs."""
+
+    def __init__(self, layer: DeviceLayer, x: Sequence[Any]) -> None:
+        if len(x) != layer.ep_size:
+            raise ValueError(f"x: {len(x)} tensors (must be one per PE, {layer.ep_size})")
+        if not all(map(is_tensor, x)):
+            raise ValueError("x: tensors and arrays (accepted: tensors on the card for all PEs, or arrays)")
+        self._layer, self._tensors = layer, list(x)
+        self.x = [pointer_of(f"x[{pe}]", rows, ("num_tokens", layer.model.d_model)) for pe, rows in enumerate(x)]
+        self._out = [rows.new_empty(rows.shape) for rows in x]
+        self.out = [int(rows.data_ptr()) for rows in self._out]
+        self.counts = [int(rows.shape[0]) for rows in x]
+        self.stream = current_stream(x[0])
+
+    def arrays(self) -> list[NDArray[Any]]:
+        dtype = self._layer.model.numpy_dtype
+        self._layer._library.call("synchronize")  # the tensors may still be in the making on a stream of torch's
+        pairs = zip(self.x, self._tensors, strict=True)
+        return [download(self._layer._library, pointer, tuple(rows.shape), dtype) for pointer, rows in pairs]
+
+    def outputs(self) -> list[Any]:
+        return self._out

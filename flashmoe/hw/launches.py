@@ -13,7 +13,6 @@ from flashmoe.model import MoEModel
 from flashmoe.routing import Routing
 from flashmoe.tasks import TaskTable, critical_path, ready_times
 from flashmoe.trace import TRACE_DTYPE, Trace, stamp
-from flashmoe.weights import Weights
 
 RECORD_DTYPE = np.dtype(  # field for field `struct TraceRecord` in hip_src/include/flashmoe/trace.hpp
     [
@@ -32,9 +31,12 @@ RECORD_DTYPE = np.dtype(  # field for field `struct TraceRecord` in hip_src/incl
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """outputs: one (num_tokens, d_model) array per PE, in the model's dtype. routing: what the layer used."""
+    """outputs: one (num_tokens, d_model) array per PE, in the model's dtype; tensors where x was tensors.
 
-    outputs: list[NDArray[Any]]
+    routing: what the layer used.
+    """
+
+    outputs: list[Any]
     trace: Trace
     routing: Routing
 
@@ -70,11 +72,11 @@ def take_tokens(model: MoEModel, x: Sequence[NDArray[Any]], ep_size: int, max_to
     return tokens
 
 
-def expected_routing(model: MoEModel, weights: Weights, tokens: list[NDArray[Any]]) -> Routing:
+def expected_routing(model: MoEModel, gate: NDArray[Any], tokens: list[NDArray[Any]]) -> Routing:
     """What the gate will choose: a schedule needs it before the launch, which checks it."""
     from flashmoe import reference
 
-    return gate_routing(model, [reference.route(reference.gate_logits(model, weights, x), model) for x in tokens])
+    return gate_routing(model, [reference.route(reference.router_logits(model, gate, x), model) for x in tokens])
 
 
 def gate_routing(model: MoEModel, pairs: list[tuple[NDArray[np.int32], NDArray[np.float32]]]) -> Routing:

@@ -246,7 +246,7 @@ def test_a_gate_that_chooses_otherwise_than_expected_ends_the_launch(monkeypatch
     layer = make_layer(by_rank)
     before = bits(layer(x))
     wrong = skewed_routing(EIGHT, COUNTS, seed=9, skew=0.0, dropped=0.0)
-    monkeypatch.setattr(layer, "_expected_routing", lambda tokens: wrong)
+    monkeypatch.setattr("flashmoe.hw.cpu.expected_routing", lambda model, gate, tokens: wrong)
     error = fails_in_time(layer, x)
     assert "the replayed schedule was made for another routing" in str(error)
     assert error.fault["wanted"] in TaskTable(EIGHT, wrong, by_rank.tiling).plan_digests
