@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +41,14 @@ class Replayable:
     def __init__(self, table: TaskTable, trace: Trace) -> None:
         """Raises: ValueError unless the trace has each task of the table once, in one layer."""
         records = trace.records
-        rows = np.empty(len(records), np.int64)
-        for pe in range(table.num_pes):
-            mine = records["pe"] == pe
-            rows[mine] = table.row(pe, records["task_id"][mine].astype(np.int64))
+        rows = table.rows(records)
         if len(records) != len(table) or not np.array_equal(np.sort(rows), np.arange(len(table))):
             raise ValueError(f"trace of {len(records)} tasks (must be the {len(table)} of the table, each once)")
         self.table = table
         by_row = records[np.argsort(rows)]
         self.end_ps = by_row["end_ps"].astype(np.int64)
         order = np.lexsort((by_row["start_ps"], by_row["end_ps"], by_row["worker"], by_row["pe"]))
-        same = (np.diff(by_row["pe"][order].astype(np.int64)) == 0) & (np.diff(by_row["worker"][order].astype(int)) == 0)
+        same = np.diff(by_row["pe"][order].astype(np.int64) << 16 | by_row["worker"][order]) == 0
         self.before = np.full(len(order), -1, np.int64)  # row -> row of the task before it on its worker
         self.before[order[1:][same]] = order[:-1][same]
         free_ps = np.where(self.before >= 0, self.end_ps[self.before], 0)
@@ -118,4 +116,4 @@ def blame(table: TaskTable, simulated: Trace, measured: Trace) -> Blame:
 
 def _segments(values: NDArray[np.generic], ptr: NDArray[np.generic]) -> list[list[int]]:
     flat, bounds = values.tolist(), ptr.tolist()
-    return [flat[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [flat[begin:end] for begin, end in pairwise(bounds)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -208,6 +209,10 @@ class Machine:
         """Name and parameters, ready for JSON; without the origins."""
         return {"name": self.name} | {key: getattr(self, key) for key in parameter_units()}
 
+    def save(self, path: str | Path) -> None:
+        """Write a machine file that `load` reads. Raises: ValueError for a parameter without an origin."""
+        Path(path).write_text(_to_toml(self), encoding="utf-8")
+
 
 def parameter_units() -> dict[str, str]:
     """Unit of each parameter, by field name."""
@@ -290,6 +295,22 @@ def _from_toml(text: str, default_name: str) -> Machine:
             f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
         )
     return Machine(**values, description=entries.get("description", ""), origins=origins)
+
+
+def _to_toml(machine: Machine) -> str:
+    lines = [f"name = {json.dumps(machine.name)}", f"description = {json.dumps(machine.description)}", ""]
+    defaults = {item.name: item.default for item in fields(Machine)}
+    for key, unit in parameter_units().items():
+        value = getattr(machine, key)
+        if key not in machine.origins:
+            if value == defaults[key]:
+                continue
+            raise ValueError(f"{key}={value} has no origin (a machine file says of each parameter where it is from)")
+        scaled, written = (value / 1000, "ns") if unit == "ps" else (value, unit)
+        _, origin, source = machine.origins[key]
+        texts = f'unit = "{written}", origin = "{origin}", source = {json.dumps(source, ensure_ascii=False)}'
+        lines.append(f"{key} = {{ value = {json.dumps(scaled)}, {texts} }}")
+    return "\n".join(lines) + "\n"
 
 
 def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:

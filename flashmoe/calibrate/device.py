@@ -51,7 +51,9 @@ def device_parameters(measured: Measurements) -> dict[str, Parameter]:
     read = measured.one(
         "l2_read", "rate_of_an_sm", bytes=_TASK_BYTES, by="loads of 256 threads", region="shared by all", streams=_ALL
     )
-    parameters["cache_bytes_per_ns"] = _rate(read, "l2_read: 64 KiB that lie in L2, read by 256 threads beside the streams")
+    parameters["cache_bytes_per_ns"] = _rate(
+        read, "l2_read: 64 KiB that lie in L2, read by 256 threads beside the streams"
+    )
     product = measured.one(
         "mma_m16n8k16_bf16",
         "rate_of_an_sm",
@@ -61,7 +63,9 @@ def device_parameters(measured: Measurements) -> dict[str, Parameter]:
         weights="shared memory",
         sms=last_cu + 1,
     )
-    parameters["cu_flops_per_ns"] = _rate(product, "mma_m16n8k16_bf16: 8 warps, 16 tokens, weights from shared memory, all SMs")
+    parameters["cu_flops_per_ns"] = _rate(
+        product, "mma_m16n8k16_bf16: 8 warps, 16 tokens, weights from shared memory, all SMs"
+    )
     jitter = measured.one("task_jitter", "log_std", mode="pipelined", task_bytes=_TASK_BYTES)
     parameters["jitter"] = Parameter(
         jitter.median, jitter.spread, "measured", f"task_jitter: log of the time of a 64 KiB task, {jitter}"

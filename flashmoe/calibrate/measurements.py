@@ -17,7 +17,8 @@ class Measured(NamedTuple):
     samples: int
 
     def __str__(self) -> str:
-        return f"{self.median:.4g} ± {self.spread:.2g} {self.unit} ({self.samples} samples)"
+        unit = "" if self.unit == "1" else f" {self.unit}"
+        return f"{self.median:.4g} ± {self.spread:.2g}{unit} ({self.samples} samples)"
 
 
 @dataclass(frozen=True)

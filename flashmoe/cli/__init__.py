@@ -11,7 +11,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import build, check, compare, demo, doctor, explain, export, presets, run, simulate, sweep, tune
+from flashmoe.cli import (
+    build,
+    calibrate,
+    check,
+    compare,
+    demo,
+    doctor,
+    explain,
+    export,
+    presets,
+    run,
+    simulate,
+    sweep,
+    tune,
+    validate,
+)
 from flashmoe.cli.screen import errors_as_exit_status
 
 __all__ = ["app", "main"]
@@ -45,6 +60,8 @@ app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.add_typer(export.trace_app)
+app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("validate", epilog=validate.EXAMPLES)(validate.validate_command)
 app.command(epilog=presets.EXAMPLES)(presets.presets)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 

@@ -14,7 +14,16 @@ from pathlib import Path
 from flashmoe.hw.compilers import TARGETS, BuildError, Compiler, find_compiler
 from flashmoe.model import MoEModel
 
-__all__ = ["TARGETS", "BuildError", "build_library", "build_microbenchmarks", "cache_folder", "check_shape", "log_of", "source_folder"]
+__all__ = [
+    "TARGETS",
+    "BuildError",
+    "build_library",
+    "build_microbenchmarks",
+    "cache_folder",
+    "check_shape",
+    "log_of",
+    "source_folder",
+]
 
 
 def check_shape(model: MoEModel) -> None:
