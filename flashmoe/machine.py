@@ -82,6 +82,11 @@ class Machine:
     ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
     ticket_service_ps: int = _parameter("ps", "serial part of a ticket, counter of the own domain")
     ticket_far_service_ps: int = _parameter("ps", "serial part of a ticket, counter that several domains use")
+    ask_early: bool = _parameter(
+        "flag",
+        "with prefetch, a worker asks for its next pick when it starts a task, not when that task's weights are there",
+        default=False,
+    )
     # signals inside a PE
     signal_ps: int = _parameter("ps", "release to being seen by a CU of another domain, memory idle")
     signal_near_ps: int = _parameter("ps", "release to being seen by a CU of the same domain, memory idle")
@@ -122,6 +127,12 @@ class Machine:
     matrix_tokens: int = _parameter("count", "tokens of a matrix instruction: a task's are padded to it", default=1)
     matrix_rows: int = _parameter("count", "weight rows of a matrix instruction: a task's are padded to it", default=1)
     cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    feed_bytes_per_ns: float = _parameter(
+        "bytes/ns",
+        "weights from where they have arrived through the products, one CU, however few tokens; 0: no limit",
+        least=0,
+        default=0.0,
+    )
     # fixed parts
     gate_overhead_ps: int = _parameter("ps", "fixed part of a gate task")
     route_overhead_ps: int = _parameter("ps", "fixed part of a route task")

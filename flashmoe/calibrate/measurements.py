@@ -12,6 +12,7 @@ class Measured(NamedTuple):
     """One quantity under one set of conditions. spread: half the width from the 1st to the 99th percentile."""
 
     median: float
+    mean: float
     spread: float
     unit: str
     samples: int
@@ -68,4 +69,4 @@ class Measurements:
 def _measured(result: dict[str, Any]) -> Measured:
     median = float(result["median"])
     spread = (float(result.get("p99", median)) - float(result.get("p01", median))) / 2
-    return Measured(median, spread, str(result["unit"]), int(result["samples"]))
+    return Measured(median, float(result.get("mean", median)), spread, str(result["unit"]), int(result["samples"]))

@@ -19,31 +19,23 @@ from flashmoe.measured import MeasuredLayer
 from flashmoe.trace import KINDS, Trace
 from flashmoe.validate import kind_errors, simulate_as
 
-# kinds that a layer on one PE with tiles has
-_TIMED = ("gate", "route", "up", "down", "combine")
+# Kinds whose fixed part shows in their time. In a chain of down tasks it does not: the end of one lies beside the next,
+# and it is the same warps that end an up task.
+_TIMED, _FED = ("gate", "route", "up", "combine"), ("up", "down")
 
 
 def bare_machine(machine: Machine, measured: Measurements) -> Machine:
     """The machine as one worker finds it, without what is to be found out."""
-    read = measured.one("l2_read", "rate_of_an_sm", bytes=65536, sms=1, by="loads of 256 threads", streams="idle")
     ticket = measured.one("ticket", "latency", what="one SM, words and SMs vary", streams="idle")
+    idle_ps = round(ticket.median * 1000)
     unknown: dict[str, Any] = {key: 0 for key in parameter_units() if key.endswith("_overhead_ps")}
-    return replace(
-        machine,
-        **unknown,
-        prologue_ps=0,
-        plan_ps=0,
-        plan_token_ps=0,
-        gap_ps=0,
-        jitter=0.0,
-        cache_bytes_per_ns=read.median,
-        ticket_ps=round(ticket.median * 1000),
-        ticket_far_ps=round(ticket.median * 1000),
-    )
+    # lists are made, in no time: whoever routed waits for its own words, too
+    unknown |= {"prologue_ps": 0, "plan_ps": 1, "plan_token_ps": 0, "gap_ps": 0, "feed_bytes_per_ns": 0.0}
+    return replace(machine, **unknown, jitter=0.0, ticket_ps=idle_ps, ticket_far_ps=idle_ps)
 
 
 def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
-    """Fixed parts by kind, prologue and lists. bare: see `bare_machine`.
+    """The kernel's rate, fixed parts by kind, prologue and lists. bare: see `bare_machine`.
 
     Raises: ValueError unless each layer was launched with one worker, and there are two numbers of tokens.
     """
@@ -53,19 +45,17 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     tokens = np.array([layer.trace.header["num_tokens"][0] for layer in layers], np.float64)
     if len(set(tokens.tolist())) < 2:
         raise ValueError(f"launches of {sorted(set(tokens.tolist()))} tokens (must be two numbers at least)")
-    pairs = [(layer, simulate_as(layer, bare)) for layer in layers]
-    parameters = {}
+    parameters = _feed(layers, bare)
+    fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
+    pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
     for kind in _TIMED:
-        missing_ns = []
-        for layer, simulated in pairs:
-            error = kind_errors(layer.table, simulated, layer.trace).get(kind)
-            if error is not None:
-                picks_length = _mean_chain(layer, kind)
-                missing_ns.append(1000 * (error.measured_us - error.simulated_us) / picks_length)
+        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in pairs]
+        missing_ns = [1000 * (error.measured_us - error.simulated_us) for error in errors if error is not None]
         if missing_ns:
-            parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} tasks of one worker")
-    starts = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
-    parameters["prologue_ps"] = _fixed(starts, "first instruction to the start of the first task, less a ticket")
+            parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker")
+    parameters["down_overhead_ps"] = parameters["up_overhead_ps"]
+    starts_ns = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
+    parameters["prologue_ps"] = _fixed(starts_ns, "first instruction to the start of the first task, less a ticket")
     lists_ns = np.array([_lists_ns(layer.trace) - _lists_ns(simulated) for layer, simulated in pairs])
     slope_ns, fixed_ns = np.polyfit(tokens, lists_ns, 1)
     spread_ns = float(np.max(np.abs(np.polyval([slope_ns, fixed_ns], tokens) - lists_ns)))
@@ -75,17 +65,46 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     return parameters
 
 
+def _feed(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
+    """What a task costs where its weights do not hold it up: a fixed part and a time for each byte.
+
+    Least squares of the relative error of the time from start to start, over kinds and sizes of tasks.
+    """
+    times = [point for layer in layers for kind in _FED if (point := _start_to_start(layer, kind)) is not None]
+    num_bytes, step_ns = np.array(times).T
+    weights = 1 / step_ns
+    slope, fixed = np.polyfit(num_bytes, step_ns, 1, w=weights)
+    if slope * num_bytes.max() + fixed <= 1.05 * num_bytes.max() / bare.cu_bytes_per_ns:
+        slope = fixed = 0.0  # a CU's stream is slower: nothing was seen of the kernel
+    spread = float(np.std(weights * (slope * num_bytes + fixed) - 1))
+    told = f"start to start of up and down tasks of one worker, {len(times)} kinds and sizes: {spread:.0%} rms"
+    rate = 0.0 if slope <= 0 else 1 / float(slope)
+    return {
+        "feed_bytes_per_ns": Parameter(round(rate, 1), spread * rate, "fitted", told),
+        "gap_ps": Parameter(max(0, round(float(fixed) * 1000)), spread * float(fixed) * 1000, "fitted", told),
+    }
+
+
+def _start_to_start(layer: MeasuredLayer, kind: str) -> tuple[float, float] | None:
+    """Bytes of a task and the mean time from one start to the next [ns]; None without two picks of the kind.
+
+    Of a chain only the first start counts: how its tasks are told apart inside is the kernel's matter.
+    """
+    tasks, records = layer.table.tasks, layer.trace.records[np.argsort(layer.table.rows(layer.trace.records))]
+    heads = np.flatnonzero((tasks["kind"] == KINDS.index(kind)) & (tasks["chain"] > 0))
+    if len(heads) < 2:
+        return None
+    heads = heads[np.argsort(records["start_ps"][heads], kind="stable")]
+    num_tasks = int(tasks["chain"][heads[:-1]].sum())
+    passed_ps = int(records["start_ps"][heads[-1]] - records["start_ps"][heads[0]])
+    return float(np.median(tasks["weight_bytes"][heads])), passed_ps / num_tasks / 1000
+
+
 def _fixed(missing_ns: list[float], what: str) -> Parameter:
     """Nothing takes less than no time: where the model without a fixed part is too slow already, there is none."""
     value, spread = float(np.median(missing_ns)), float(np.ptp(missing_ns)) / 2
     source = f"{what}: {value:.4g} ± {spread:.2g} ns over {len(missing_ns)} launches"
     return Parameter(max(0, round(value * 1000)), spread * 1000, "measured", source)
-
-
-def _mean_chain(layer: MeasuredLayer, kind: str) -> float:
-    tasks = layer.table.tasks
-    chains = tasks["chain"][(tasks["kind"] == KINDS.index(kind)) & (tasks["chain"] > 0)]
-    return float(chains.mean())
 
 
 def _first_start_ns(trace: Trace) -> float:

@@ -47,6 +47,10 @@ EFFECTS: dict[str, Effect] = {
         "A ticket takes time, and a counter serves one worker at a time. Without: tickets are free.",
         _set(ticket_ps=0, ticket_far_ps=0, ticket_service_ps=0, ticket_far_service_ps=0),
     ),
+    "ask_early": Effect(
+        "A worker takes its next pick a task ahead. Without: only when its stream has nothing more to do.",
+        _set(ask_early=False),
+    ),
     "signal": Effect(
         "It takes a while until another worker of the PE sees a signal. Without: it sees it at once.",
         _set(signal_ps=0, signal_near_ps=0),
@@ -95,6 +99,10 @@ EFFECTS: dict[str, Effect] = {
     "activations": Effect(
         "A task reads its tokens' rows and writes what it makes, at a CU's rate from the cache. Without: for nothing.",
         _set(cache_bytes_per_ns=UNLIMITED),
+    ),
+    "feed": Effect(
+        "A CU takes time to move weights that have arrived into its products. Without: none.",
+        _set(feed_bytes_per_ns=0.0),
     ),
     "matrix_rate": Effect(
         "Arithmetic takes time. Without: tasks stream weights and activations, and the rest is free.",

@@ -177,7 +177,7 @@ class Worker:
     def _fetch_ahead(self) -> None:
         """With the weights of a task there, its worker's stream is free: take the next pick while the task runs.
 
-        One pick, and only if nothing else is held: a CU has room for one task's weights beside those in use.
+        Or have it at hand by then, if the machine asks early. One pick, and only if nothing else is held: a CU has room for one task's weights beside those in use.
         """
         if self._more and not self._asking and not self.held and self.stage.queue.runs_ahead:
             self._ask()
@@ -271,6 +271,8 @@ class Worker:
         layer, env, row = self.layer, self.env, pick.row
         start_ps = int(env.now)
         ready_ps = max((layer.events.seen_ps(event, self) for event in layer.inputs[row]), default=0)
+        if layer.early and self.pe.asks_early and following is None:
+            self._fetch_ahead()
         if layer.stream_bytes[row] > 0 and pick.loaded_ps is None:
             self._stream(pick)
             yield from self._wait(pick, with_core=True)
@@ -373,6 +375,7 @@ class Pe:
         self.num_workers, self.num_domains = parameters.num_workers, parameters.num_domains
         self.start_ps: list[int] = parameters.start_ps.tolist()
         self.bookkeeping_ps = parameters.machine.gap_ps
+        self.asks_early = parameters.machine.ask_early
         self._far_ps: list[int] = parameters.far_ps.tolist()
         self._near_ps: list[int] = parameters.near_ps.tolist()
         self._release_ps: list[int] = parameters.release_ps.tolist()

@@ -42,6 +42,7 @@ Parameters make_parameters(const py::dict& given) {
   number("prefetch", p.prefetch);
   number("jitters", p.jitters);
   number("finish_beside", p.finish_beside);
+  number("ask_early", p.ask_early);
   number("word_tokens", p.word_tokens);
   number("plan_ps", p.plan_ps);
   number("plan_token_ps", p.plan_token_ps);
@@ -52,6 +53,7 @@ Parameters make_parameters(const py::dict& given) {
   number("cu_bytes_per_ns", p.cu_bytes_per_ns);
   number("cu_flops_per_ns", p.cu_flops_per_ns);
   number("cache_bytes_per_ns", p.cache_bytes_per_ns);
+  number("feed_bytes_per_ns", p.feed_bytes_per_ns);
   number("store_bytes_per_ns", p.store_bytes_per_ns);
   number("link_bytes_per_ns", p.link_bytes_per_ns);
   number("port_bytes_per_ns", p.port_bytes_per_ns);

@@ -10,12 +10,12 @@ namespace flashmoe::engine {
 struct Parameters {
   u32 num_pes, num_workers, num_domains, num_cores;
   u64 seed, stall_threshold;
-  bool prefetch, jitters, finish_beside;
+  bool prefetch, jitters, finish_beside, ask_early;
   u32 word_tokens;
   u32 matrix_tokens, matrix_rows;
   u64 jitter_bytes;
-  double hbm_bytes_per_ns, cu_bytes_per_ns, cu_flops_per_ns, cache_bytes_per_ns, store_bytes_per_ns,
-      link_bytes_per_ns, port_bytes_per_ns;
+  double hbm_bytes_per_ns, cu_bytes_per_ns, cu_flops_per_ns, cache_bytes_per_ns, feed_bytes_per_ns,
+      store_bytes_per_ns, link_bytes_per_ns, port_bytes_per_ns;
   i64 ticket_ps, ticket_far_ps, ticket_service_ps, ticket_far_service_ps;
   i64 put_ps, link_message_ps, gap_ps, slice_ps, stall_ps, plan_ps, plan_token_ps;
   std::array<double, 7> overhead_ps;             // by TaskKind

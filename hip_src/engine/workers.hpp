@@ -297,6 +297,7 @@ class Workers {
   }
 
   //! With the weights of a task there, its worker's stream is free: takes the next pick while the task runs.
+  //! Or has it at hand by then, if the machine asks early.
   void fetch_ahead(Worker& w) {
     if (w.more && !w.asking && w.num_held == 0 && queues_.runs_ahead()) ask(w);
   }
@@ -314,6 +315,7 @@ class Workers {
       w.ready_ps = std::max(w.ready_ps, l.events.seen_ps(l.graph.waits[i], w));
     if (l.is_pipelined && is_first_kind(c.kind))
       w.ready_ps = std::max(w.ready_ps, l.events.seen_ps(l.stages[w.pe].entry, w));
+    if (env_.p.prefetch && env_.p.ask_early && pick.row + 1 >= w.chain_end) fetch_ahead(w);
     if (pick.loaded_ps >= 0 || c.cost.stream_bytes <= 0) return true;
     picks_.stream(w, w.current);
     w.awaited = w.current;

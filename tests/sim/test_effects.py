@@ -28,6 +28,8 @@ NEUTRAL = {
     "link_bandwidth": {"link_bytes_per_ns": UNLIMITED, "port_bytes_per_ns": 0, "link_message_ps": 0},
     "remote_stores": {"store_bytes_per_ns": UNLIMITED},
     "activations": {"cache_bytes_per_ns": UNLIMITED},
+    "ask_early": {"ask_early": False},
+    "feed": {"feed_bytes_per_ns": 0},
     "matrix_rate": {"cu_flops_per_ns": UNLIMITED},
     "matrix_padding": {"matrix_tokens": 1, "matrix_rows": 1},
     "overhead": OVERHEADS,
@@ -51,6 +53,8 @@ def everything():
         "release_load_factor": 3.0,
         "finish_beside": True,
         "word_tokens": 8,
+        "feed_bytes_per_ns": 60.0,
+        "ask_early": True,
         "plan_ps": 2_000,
         "plan_token_ps": 20,
     }

@@ -116,6 +116,28 @@ def test_with_few_tokens_every_worker_routes_for_itself(run):
     assert run(planned(tokens=4), machine, workers=3)["ready_ps"].tolist() == [0, 5_500, 5_500]
 
 
+@pytest.mark.parametrize(("early", "asked_ps"), [(True, [0, 1_000, 2_500]), (False, [0, 2_000, 4_000])])
+def test_the_next_pick_is_asked_for_as_a_task_starts_or_as_its_weights_are_there(run, early, asked_ps):
+    table = HandTable()
+    for _ in range(3):
+        table.task("up", weights=10, flops=1)
+    machine = plain_machine(ticket_ps=1_000, ask_early=early, up_overhead_ps=500)
+    records = run(table, machine, queue="ticket")
+    assert records["asked_ps"].tolist() == asked_ps
+    # asked for early, the second one's weights follow those of the first at once
+    assert records["loaded_ps"].tolist() == ([2_000, 3_000, 4_500] if early else [2_000, 4_000, 6_000])
+
+
+def test_weights_take_time_from_where_they_have_arrived(run):
+    table = HandTable()
+    for _ in range(2):
+        table.task("up", weights=30)
+    records = run(table, plain_machine(feed_bytes_per_ns=5.0))  # half of what a CU streams
+    assert records["loaded_ps"].tolist() == [3_000, 6_000]
+    assert records["end_ps"].tolist() == [6_000, 12_000]
+    assert run(table, plain_machine(feed_bytes_per_ns=20.0))["end_ps"].tolist() == [3_000, 6_000]
+
+
 def test_words_are_their_own_signal(run):
     table = waiting()
     table.task("route", tokens=2)
