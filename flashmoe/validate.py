@@ -45,7 +45,7 @@ class KindError:
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer: tokens, skew, policy. noise_us: standard deviation over the measured launches."""
+    """One layer: tokens, skew, policy. noise_us: standard deviation over the measured launches. blame: if asked for."""
 
     tokens: int
     skew: str
@@ -54,7 +54,7 @@ class Cell:
     noise_us: float
     simulated_us: float
     by_kind: dict[str, KindError]
-    blame: Blame
+    blame: Blame | None
 
     @property
     def error_pct(self) -> float:
@@ -112,9 +112,15 @@ def kendall_tau(cells: Sequence[Cell]) -> float | None:
 
 
 def validate(
-    layers: Iterable[MeasuredLayer], machine: str | Path | Machine, *, progress: Progress | None = None
+    layers: Iterable[MeasuredLayer],
+    machine: str | Path | Machine,
+    *,
+    blames: bool = True,
+    progress: Progress | None = None,
 ) -> Validation:
     """Simulate each measured layer: same routing, tiling, policy, number of workers and of domains.
+
+    blames: replay schedules with each other's durations, too, which takes most of the time.
 
     A device's clock starts at the first instruction of its first worker, so the simulated launch does, too.
     Raises: ValueError, as `simulate`, or for a layer whose trace is incomplete.
@@ -122,13 +128,13 @@ def validate(
     given, todo = Machine.load(machine), list(layers)
     cells = []
     for number, layer in enumerate(todo):
-        cells.append(_cell(layer, given))
+        cells.append(_cell(layer, given, blames))
         if progress is not None:
             progress(number + 1, len(todo))
     return Validation(tuple(cells))
 
 
-def _cell(layer: MeasuredLayer, machine: Machine) -> Cell:
+def _cell(layer: MeasuredLayer, machine: Machine, blames: bool) -> Cell:
     header, table = layer.trace.header, layer.table
     simulated = simulate_as(layer, machine)
     others = [evaluate(seed=seed, **_inputs(layer, machine)) for seed in range(1, _SEEDS)]
@@ -141,7 +147,7 @@ def _cell(layer: MeasuredLayer, machine: Machine) -> Cell:
         noise_us=float(np.std(layer.makespan_us, ddof=1)) if len(layer.makespan_us) > 1 else 0.0,
         simulated_us=float(np.mean(makespans)),
         by_kind=kind_errors(table, simulated, layer.trace),
-        blame=blame(table, simulated, layer.trace),
+        blame=blame(table, simulated, layer.trace) if blames else None,
     )
 
 

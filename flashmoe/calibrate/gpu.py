@@ -69,8 +69,7 @@ def gpu_machine(
     there = Machine.load(base)
     found = device_parameters(measured)
     found["num_cus"] = Parameter(int(measured.about["sms"]), 0.0, "measured", "SMs that the driver tells")
-    # the kernel's structure, as its sources are
-    machine = _with(replace(there, prefetch=True, finish_beside=True), found)
+    machine = _with(there, found)
     if single_tasks:
         tasks = single_task_parameters(single_tasks, bare_machine(machine, measured))
         machine = _with(machine, tasks)

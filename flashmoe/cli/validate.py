@@ -120,8 +120,7 @@ def _row(cell: Cell) -> list[str]:
         f"{cell.noise_us:.1f}",
         f"{cell.simulated_us:.1f}",
         f"{cell.error_pct:+.1f} %",
-        f"{cell.blame.durations_us:+.1f}",
-        f"{cell.blame.schedule_us:+.1f}",
+        *([] if cell.blame is None else [f"{cell.blame.durations_us:+.1f}", f"{cell.blame.schedule_us:+.1f}"]),
     ]
 
 

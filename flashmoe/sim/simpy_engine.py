@@ -177,7 +177,8 @@ class Worker:
     def _fetch_ahead(self) -> None:
         """With the weights of a task there, its worker's stream is free: take the next pick while the task runs.
 
-        Or have it at hand by then, if the machine asks early. One pick, and only if nothing else is held: a CU has room for one task's weights beside those in use.
+        Or have it at hand by then, if the machine asks early. One pick, and only if nothing else is held: a CU has
+        room for one task's weights beside those in use.
         """
         if self._more and not self._asking and not self.held and self.stage.queue.runs_ahead:
             self._ask()
