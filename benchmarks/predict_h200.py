@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashmoe as fm
+from flashmoe.calibrate.measurements import Measurements
 from flashmoe.machine import Machine
 from flashmoe.sim.parameters import resolve
 
@@ -93,16 +93,7 @@ def read_measured() -> dict[tuple[str, int], float]:
 @cache
 def calibrated(benchmark: str, quantity: str, **conditions: object) -> float:
     """Median of a calibrated quantity. Raises: ValueError unless the conditions single one out."""
-    wanted = {key: str(value) for key, value in conditions.items()}
-    found = [
-        result["median"]
-        for result in json.loads(CALIBRATION.read_text())["results"]
-        if (result["benchmark"], result["quantity"]) == (benchmark, quantity)
-        and wanted.items() <= {key: str(value) for key, value in result["conditions"].items()}.items()
-    ]
-    if len(found) != 1:
-        raise ValueError(f"{benchmark} {quantity} {wanted}: {len(found)} results (must be 1)")
-    return float(found[0])
+    return Measurements.load(CALIBRATION).one(benchmark, quantity, **conditions).median
 
 
 @cache

@@ -137,7 +137,7 @@ def validate(
 def _cell(layer: MeasuredLayer, machine: Machine, blames: bool) -> Cell:
     header, table = layer.trace.header, layer.table
     simulated = simulate_as(layer, machine)
-    others = [evaluate(seed=seed, **_inputs(layer, machine)) for seed in range(1, _SEEDS)]
+    others = [evaluate(seed=seed, **inputs_of(layer, machine)) for seed in range(1, _SEEDS)]
     makespans = [simulated.makespan_us, *(other.makespan_us for other in others)]
     return Cell(
         tokens=int(header["num_tokens"][0]),
@@ -153,10 +153,11 @@ def _cell(layer: MeasuredLayer, machine: Machine, blames: bool) -> Cell:
 
 def simulate_as(layer: MeasuredLayer, machine: Machine, seed: int = 0) -> Trace:
     """The simulation of a measured launch, on the device's clock."""
-    return simulate(seed=seed, **_inputs(layer, machine))
+    return simulate(seed=seed, **inputs_of(layer, machine))
 
 
-def _inputs(layer: MeasuredLayer, machine: Machine) -> dict[str, Any]:
+def inputs_of(layer: MeasuredLayer, machine: Machine) -> dict[str, Any]:
+    """What `simulate` and `evaluate` take for a measured launch, but for the seed."""
     header = layer.trace.header
     return {
         "model": MoEModel(**header["model"]),

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import flashmoe as fm
 from flashmoe.calibrate.launches import tokens_for
+from flashmoe.cli import app
 from flashmoe.machine import Machine
 from flashmoe.measured import MeasuredLayer
 from flashmoe.trace import KINDS
@@ -139,3 +141,39 @@ def test_a_router_chooses_what_it_is_meant_to(skew):
     logits = x @ gate.astype(MODEL.numpy_dtype).astype(np.float32).T
     chosen = np.argsort(-logits, axis=1)[:, : MODEL.top_k]
     assert np.array_equal(np.sort(chosen), np.sort(routing.topk_idx[0]))
+
+
+# ---- the command
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["validate", *arguments])
+
+
+def test_the_command_tells_of_saved_layers(tmp_path):
+    machine = replace(Machine.preset("h200"), jitter=0.0)
+    save_cells([simulated(machine, policy=policy) for policy in ("ticket", "static_phase")], tmp_path)
+    done = run("--traces", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    for word in ("static_phase", "simulated µs", "Kendall's tau", "Blame by replay", "absolute error"):
+        assert word in done.output
+    told = json.loads(run("--traces", str(tmp_path), "--json").stdout)
+    assert [cell["policy"] for cell in told["cells"]] == ["static_phase", "ticket"]
+    assert told["cells"][0]["blame"]["by_kind"].keys() == told["by_kind"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cells", "some"], "cells='some' (accepted: quick, full)"),
+        (["--traces", "nowhere"], "nowhere: no measured layers"),
+        (["--out", "nowhere"], "cannot write to nowhere"),
+        (["--out", ".", "--traces", "."], "both given"),
+        (["--machine", "m5"], "unknown machine 'm5'"),
+        (["--model", "m5"], "m5"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from flashmoe.cli import inputs
@@ -65,17 +66,7 @@ def validate_command(
 
 def _print(result: Validation) -> None:
     print_table(
-        [
-            "skew",
-            "policy",
-            "tokens",
-            "measured µs",
-            "noise",
-            "simulated µs",
-            "error",
-            "of durations µs",
-            "of schedule µs",
-        ],
+        ["skew", "policy", "tokens", "measured µs", "noise", "simulated µs", "error"],
         [_row(cell) for cell in result.cells],
         num_names=2,
     )
@@ -96,13 +87,15 @@ def _print(result: Validation) -> None:
         title="Duration of a pick, by kind",
     )
     say("")
-    agreement = result.rank_agreement()
+    _print_blame(result)
+    say("")
     print_table(
-        ["skew", "tokens", "Kendall's tau of the policies"],
+        ["skew", "tokens", "tau"],
         [
-            [skew, str(tokens), "none differ by more than the noise" if tau is None else f"{tau:+.2f}"]
-            for (tokens, skew), tau in agreement.items()
+            [skew, str(tokens), "no two differ by more than the noise" if tau is None else f"{tau:+.2f}"]
+            for (tokens, skew), tau in result.rank_agreement().items()
         ],
+        title="Ranks of the policies: Kendall's tau",
     )
     worst = result.worst
     say(
@@ -112,16 +105,21 @@ def _print(result: Validation) -> None:
 
 
 def _row(cell: Cell) -> list[str]:
-    return [
-        cell.skew,
-        cell.policy,
-        str(cell.tokens),
-        f"{cell.measured_us:.1f}",
-        f"{cell.noise_us:.1f}",
-        f"{cell.simulated_us:.1f}",
-        f"{cell.error_pct:+.1f} %",
-        *([] if cell.blame is None else [f"{cell.blame.durations_us:+.1f}", f"{cell.blame.schedule_us:+.1f}"]),
-    ]
+    numbers = [f"{value:.1f}" for value in (cell.measured_us, cell.noise_us, cell.simulated_us)]
+    return [cell.skew, cell.policy, str(cell.tokens), *numbers, f"{cell.error_pct:+.1f} %"]
+
+
+def _print_blame(result: Validation) -> None:
+    """Means over the cells of a size, of the error and of what it is due to."""
+    kinds = list(result.by_kind())
+    rows = []
+    for tokens in sorted({cell.tokens for cell in result.cells}):
+        blames = [cell.blame for cell in result.cells if cell.tokens == tokens and cell.blame is not None]
+        parts = [[one.error_us, one.schedule_us, one.durations_us] for one in blames]
+        by_kind = [[one.by_kind.get(kind, 0.0) for kind in kinds] for one in blames]
+        rows.append([str(tokens), *(f"{value:+.1f}" for value in np.mean(np.hstack([parts, by_kind]), axis=0))])
+    title = "Blame by replay, means in µs; at the right, what durations of one kind alone change"
+    print_table(["tokens", "error", "schedule", "durations", *kinds], rows, title=title)
 
 
 def _as_dict(result: Validation, machine: str) -> dict[str, Any]:
