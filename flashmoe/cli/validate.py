@@ -70,7 +70,7 @@ def _print(result: Validation) -> None:
         [_row(cell) for cell in result.cells],
         num_names=2,
     )
-    say("")
+    say("\nDuration of a pick, by kind:")
     print_table(
         ["kind", "picks", "measured µs", "simulated µs", "bias", "MAPE"],
         [
@@ -84,18 +84,16 @@ def _print(result: Validation) -> None:
             ]
             for kind, error in result.by_kind().items()
         ],
-        title="Duration of a pick, by kind",
     )
-    say("")
+    say("\nBlame by replay, means in µs; at the right, what durations of one kind alone change:")
     _print_blame(result)
-    say("")
+    say("\nRanks of the policies, Kendall's tau:")
     print_table(
         ["skew", "tokens", "tau"],
         [
             [skew, str(tokens), "no two differ by more than the noise" if tau is None else f"{tau:+.2f}"]
             for (tokens, skew), tau in result.rank_agreement().items()
         ],
-        title="Ranks of the policies: Kendall's tau",
     )
     worst = result.worst
     say(
@@ -118,8 +116,7 @@ def _print_blame(result: Validation) -> None:
         parts = [[one.error_us, one.schedule_us, one.durations_us] for one in blames]
         by_kind = [[one.by_kind.get(kind, 0.0) for kind in kinds] for one in blames]
         rows.append([str(tokens), *(f"{value:+.1f}" for value in np.mean(np.hstack([parts, by_kind]), axis=0))])
-    title = "Blame by replay, means in µs; at the right, what durations of one kind alone change"
-    print_table(["tokens", "error", "schedule", "durations", *kinds], rows, title=title)
+    print_table(["tokens", "error", "schedule", "durations", *kinds], rows)
 
 
 def _as_dict(result: Validation, machine: str) -> dict[str, Any]:
