@@ -82,6 +82,9 @@ class Machine:
     ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
     ticket_service_ps: int = _parameter("ps", "serial part of a ticket, counter of the own domain")
     ticket_far_service_ps: int = _parameter("ps", "serial part of a ticket, counter that several domains use")
+    first_given: bool = _parameter(
+        "flag", "a launch hands out the first tickets, to worker after worker, and they take no time", default=False
+    )
     ask_early: bool = _parameter(
         "flag",
         "with prefetch, a worker asks for its next pick when it starts a task, not when that task's weights are there",
@@ -95,7 +98,7 @@ class Machine:
     )
     # how a kernel ends a task
     release_ps: int = _parameter(
-        "ps", "an up, down or expert task makes its stores visible before it signals, memory idle", default=0
+        "ps", "an up, down or expert task's stores are made visible before it signals, memory idle", default=0
     )
     release_load_factor: float = _parameter(
         "ratio", "a release takes this many times as long when the memory is fully loaded", least=1, default=1.0

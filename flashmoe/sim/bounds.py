@@ -34,12 +34,14 @@ def lower_bounds(tables: Sequence[TaskTable], parameters: Parameters, gap_ps: in
     hbm_ps = np.sum([layer.hbm_ps() for layer in layers], axis=0)
     stages_ps = np.sum([layer.stages_ps() for layer in layers], axis=0)  # (stages, num_pes)
     workers_ps = (stages_ps / num_workers + idle_ps).max()
-    if is_host:
-        workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores + idle_ps.min())
     launch_ps = int(parameters.start_ps.min())
+    # between its launches a PE of a host leaves memory and cores to the others
+    least_idle_ps = idle_ps.min() if len(idle_ps) == 1 else min(idle_ps.min(), launch_ps)
+    if is_host:
+        workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores + least_idle_ps)
     links_ps = _links_ps(layers, parameters)
     bounds_ps = {
-        "hbm": hbm_ps.sum() + idle_ps.min() if is_host else (hbm_ps + idle_ps).max(),
+        "hbm": hbm_ps.sum() + least_idle_ps if is_host else (hbm_ps + idle_ps).max(),
         "workers": workers_ps,
         "longest_task": max((layer.longest_pick_ps() + launch_ps for layer in layers if len(layer.table)), default=0),
         "critical_path": _critical_path_ps(layers, parameters, gap_ps),

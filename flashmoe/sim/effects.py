@@ -47,6 +47,10 @@ EFFECTS: dict[str, Effect] = {
         "A ticket takes time, and a counter serves one worker at a time. Without: tickets are free.",
         _set(ticket_ps=0, ticket_far_ps=0, ticket_service_ps=0, ticket_far_service_ps=0),
     ),
+    "first_given": Effect(
+        "The first tickets come with the launch. Without: workers ask for them, as for all others.",
+        _set(first_given=False),
+    ),
     "ask_early": Effect(
         "A worker takes its next pick a task ahead. Without: only when its stream has nothing more to do.",
         _set(ask_early=False),
@@ -64,7 +68,7 @@ EFFECTS: dict[str, Effect] = {
         lambda machine: replace(machine, signal_near_ps=machine.signal_ps),
     ),
     "release": Effect(
-        "A task makes its stores visible before it signals. Without: they are at once.",
+        "A task's stores are made visible before it signals, a worker's one after the other. Without: they are at once.",
         _set(release_ps=0),
     ),
     "release_load": Effect(

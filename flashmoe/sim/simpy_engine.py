@@ -66,7 +66,8 @@ class Worker:
         self._sleep: simpy.Event | None = None  # what wakes this worker
         self._sleeps_for: Pick | str = "nothing"  # a pick's weights, "pick" or "inputs"
         self._core_since_ps = 0
-        self._finished_ps = 0  # until then warps of this worker are at the end of tasks before
+        # until then warps of this worker are at the ends of tasks before, and at their releases
+        self._finished_ps, self._released_ps = 0, 0
 
     def work(self) -> Steps:
         """Run the oldest pick that is ready; without one take another, if allowed; else wait for an input."""
@@ -107,8 +108,8 @@ class Worker:
 
     def _leave(self, stage: Stage) -> Steps:
         """On to the next layer, or the end. Nobody knows before the plan that there is nothing left to do."""
-        if self._finished_ps > self.env.now:
-            yield self.env.timeout(self._finished_ps - int(self.env.now))
+        while (busy_ps := max(self._finished_ps, self._released_ps)) > self.env.now:
+            yield self.env.timeout(busy_ps - int(self.env.now))
         if stage.next is None:
             self._give_core()
             return
@@ -294,7 +295,9 @@ class Worker:
                 yield env.timeout(end_ps - int(env.now))
         layer.record(row, (self.index, ready_ps, pick.asked_ps, pick.ticket_ps, start_ps, loaded_ps, done_ps, end_ps))
         if end_ps > env.now:
-            self._signal_later(row, end_ps)
+            self._later(end_ps, self._tell, row)
+        elif self.stage.queue.runs_ahead:
+            self._tell(row)
         elif (appended := self.stage.queue.completed(self, self._signal(row))) is not None:
             yield appended
         if self.pe.bookkeeping_ps > 0:
@@ -303,15 +306,23 @@ class Worker:
             self._give_core()
             yield from self._get_core()
 
-    def _signal_later(self, row: int, end_ps: int) -> None:
-        def end(_: simpy.Event) -> None:
-            self._signal(row)
-
-        self.env.timeout(end_ps - int(self.env.now)).callbacks.append(end)
-
     def _after_ps(self, row: int) -> int:
         """What follows a task's weights and arithmetic, if it begins now [ps]."""
-        return self.layer.after_ps[row] + (self.pe.release_ps() if self.layer.releases[row] else 0)
+        # who pushes has to wait for its release: it appends what the signals have made ready
+        releases = self.layer.releases[row] and not self.stage.queue.runs_ahead
+        return self.layer.after_ps[row] + (self.pe.release_ps() if releases else 0)
+
+    def _tell(self, row: int) -> None:
+        """Signal the end of a task, where need be after a release: a worker makes one at a time, beside its tasks."""
+        if self.layer.releases[row]:
+            self._released_ps = max(int(self.env.now), self._released_ps) + self.pe.release_ps()
+            if self._released_ps > self.env.now:
+                self._later(self._released_ps, self._signal, row)
+                return
+        self._signal(row)
+
+    def _later(self, time_ps: int, call: Callable[[int], Any], row: int) -> None:
+        self.env.timeout(time_ps - int(self.env.now)).callbacks.append(lambda _: call(row))  # type: ignore[arg-type]
 
     def _signal(self, row: int) -> list[int]:
         """Send a finished task's signals; returns the events of this PE."""
@@ -345,6 +356,7 @@ class Stage:
         self.near_ticket_ps: tuple[int, int] = (machine.ticket_service_ps, machine.ticket_ps)
         far_ps = (machine.ticket_far_service_ps, machine.ticket_far_ps)
         self.shared_ticket_ps: tuple[int, int] = far_ps if pe.num_domains > 1 else self.near_ticket_ps
+        self.first_given = machine.first_given
         self.launched: simpy.Event = pe.env.event()
         self._arrived = 0
 

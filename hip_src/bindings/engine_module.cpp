@@ -43,6 +43,7 @@ Parameters make_parameters(const py::dict& given) {
   number("jitters", p.jitters);
   number("finish_beside", p.finish_beside);
   number("ask_early", p.ask_early);
+  number("first_given", p.first_given);
   number("word_tokens", p.word_tokens);
   number("plan_ps", p.plan_ps);
   number("plan_token_ps", p.plan_token_ps);

@@ -50,7 +50,9 @@ class BoundsOf {
 
   Bounds result() const {
     const bool is_host = p_.num_cores > 0;
-    const double least_idle = *std::min_element(idle_ps_.begin(), idle_ps_.end());
+    // between its launches a PE of a host leaves memory and cores to the others
+    double least_idle = *std::min_element(idle_ps_.begin(), idle_ps_.end());
+    if (p_.num_pes > 1) least_idle = std::min(least_idle, launch_ps_);
     double hbm = 0, all = 0, busiest_links = 0;
     for (u32 pe = 0; pe < p_.num_pes; ++pe) {
       hbm = std::max(hbm, distinct_[pe] + idle_ps_[pe]);

@@ -57,7 +57,10 @@ class Engine : Workers {
         launch(low, who);
         break;
       case What::finish:
-        finish(workers_[who], low);
+        tell(workers_[who], low);
+        break;
+      case What::release:
+        released(workers_[who], low);
         break;
     }
   }

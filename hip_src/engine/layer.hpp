@@ -16,8 +16,9 @@ struct Stage {
   std::vector<Counter> heads;  // of the queue: one, or one a domain
   // [worker] picks taken (static, replay); whether its own domain is exhausted (domain)
   std::vector<u32> turn;
-  bool sends_words = false;   // results are their own signal
-  std::vector<u32> launched;  // workers that have ended the layer before
+  std::vector<std::uint8_t> has_first;  // [worker] has had the ticket that is given with the launch
+  bool sends_words = false;             // results are their own signal
+  std::vector<u32> launched;            // workers that have ended the layer before
   std::unique_ptr<PushQueue> push;
 };
 
@@ -100,6 +101,10 @@ class Layers {
       stage.entry = l.events.add(l.is_pipelined ? (*this)[number - 1].graph.outputs[pe] : 0);
       stage.heads.resize(config_.queue == QueueKind::domain ? env_.p.num_domains : 1);
       stage.turn.assign(env_.p.num_workers, 0);
+      const bool gives_first = env_.p.first_given && config_.queue != QueueKind::push;
+      stage.has_first.assign(env_.p.num_workers, gives_first ? 0 : 1);
+      for (u32 worker = 0; gives_first && worker < env_.p.num_workers; ++worker)
+        ++stage.heads[worker % stage.heads.size()].value;
       if (config_.queue != QueueKind::replay) stage.num_picks = static_cast<u32>(g.picks.by_rank[pe].size());
       l.stages.push_back(std::move(stage));
     }

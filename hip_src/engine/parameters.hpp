@@ -10,7 +10,7 @@ namespace flashmoe::engine {
 struct Parameters {
   u32 num_pes, num_workers, num_domains, num_cores;
   u64 seed, stall_threshold;
-  bool prefetch, jitters, finish_beside, ask_early;
+  bool prefetch, jitters, finish_beside, ask_early, first_given;
   u32 word_tokens;
   u32 matrix_tokens, matrix_rows;
   u64 jitter_bytes;

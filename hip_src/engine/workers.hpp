@@ -19,7 +19,8 @@ class Workers {
         layers_(env_, config, result_),
         queues_(env_, config.queue),
         picks_(env_, config),
-        workers_(u64{p.num_pes} * p.num_workers) {
+        workers_(u64{p.num_pes} * p.num_workers),
+        released_ps_(workers_.size()) {
     for (u32 i = 0; i < workers_.size(); ++i) {
       Worker& w = workers_[i];
       w.number = i;
@@ -198,8 +199,8 @@ class Workers {
   bool leave(Worker& w) {
     Layer& l = *w.layer;
     const u32 next = l.number + 1, planned = l.stages[w.pe].planned;
-    if (w.last_end_ps > env_.now()) {
-      env_.clock.at(w.last_end_ps, item(What::resume, w.number));
+    if (const i64 busy_ps = std::max(w.last_end_ps, released_ps_[w.number]); busy_ps > env_.now()) {
+      env_.clock.at(busy_ps, item(What::resume, w.number));
       return false;
     }
     if (next == layers_.size()) {
@@ -347,11 +348,14 @@ class Workers {
   bool ends_beside(const TaskClass& c) const {
     return env_.p.finish_beside && is_finished_kind(c.kind) && queues_.runs_ahead();
   }
+  static bool releases(const Worker& w, const TaskClass& c) {
+    return is_finished_kind(c.kind) && c.signal_begin != c.signal_end && !w.layer->stages[w.pe].sends_words;
+  }
   //! What follows a task's weights and arithmetic, if it begins now.
   i64 after_ps(const Worker& w, const TaskClass& c, const Cost& cost) const {
-    const bool releases =
-        is_finished_kind(c.kind) && c.signal_begin != c.signal_end && !w.layer->stages[w.pe].sends_words;
-    return cost.overhead_ps + c.before_jitter.send_ps + (releases ? env_.release_ps(w.pe) : 0);
+    // who pushes has to wait for its release: it appends what the signals have made ready
+    const i64 release_ps = releases(w, c) && !queues_.runs_ahead() ? env_.release_ps(w.pe) : 0;
+    return cost.overhead_ps + c.before_jitter.send_ps + release_ps;
   }
 
   //! Returns whether the worker goes on at once.
@@ -366,14 +370,31 @@ class Workers {
       env_.clock.at(end_ps, item(What::finish, w.number, pick.row));
       return true;
     }
+    if (queues_.runs_ahead()) {
+      tell(w, pick.row);
+      return true;
+    }
     signal(w, l, c);
     if (!queues_.completed(w, c)) return true;
     w.step = Step::bookkeep;
     return false;
   }
 
-  //! A task that ended beside others.
-  void finish(const Worker& w, u32 row) { signal(w, *w.layer, w.layer->graph.of(row)); }
+  //! Signals the end of a task, where need be after a release: a worker makes one at a time, beside its
+  //! tasks.
+  void tell(const Worker& w, u32 row) {
+    const TaskClass& c = w.layer->graph.of(row);
+    if (releases(w, c)) {
+      i64& released_ps = released_ps_[w.number];
+      released_ps = std::max(env_.now(), released_ps) + env_.release_ps(w.pe);
+      if (released_ps > env_.now()) {
+        env_.clock.at(released_ps, item(What::release, w.number, row));
+        return;
+      }
+    }
+    signal(w, *w.layer, c);
+  }
+  void released(const Worker& w, u32 row) { signal(w, *w.layer, w.layer->graph.of(row)); }
 
   void signal(const Worker& w, Layer& l, const TaskClass& c) {
     const i64 far_ps = env_.now() + env_.far_ps(w.pe), near_ps = env_.now() + env_.near_ps(w.pe);
@@ -432,6 +453,7 @@ class Workers {
   Queues queues_;
   HeldPicks picks_;
   std::vector<Worker> workers_;
+  std::vector<i64> released_ps_;  // [worker] until then it is at the releases of tasks before
 
  private:
   static constexpr u64 progress_step = 1 << 16;  // tasks between two calls of progress

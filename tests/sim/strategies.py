@@ -52,6 +52,7 @@ def machines(draw: st.DrawFn) -> Machine:
         release_load_factor=draw(st.sampled_from([1.0, 1.0, 3.0, 2.3])),
         finish_beside=not is_host and draw(st.booleans()),
         ask_early=draw(st.booleans()),
+        first_given=draw(st.booleans()),
         feed_bytes_per_ns=draw(st.sampled_from([0.0, 0.0, 1.0, 3.7])),
         word_tokens=draw(st.sampled_from([0, 0, 2, 8])),
         plan_token_ps=draw(st.sampled_from([0, 0, 100, 333])),

@@ -28,6 +28,7 @@ NEUTRAL = {
     "link_bandwidth": {"link_bytes_per_ns": UNLIMITED, "port_bytes_per_ns": 0, "link_message_ps": 0},
     "remote_stores": {"store_bytes_per_ns": UNLIMITED},
     "activations": {"cache_bytes_per_ns": UNLIMITED},
+    "first_given": {"first_given": False},
     "ask_early": {"ask_early": False},
     "feed": {"feed_bytes_per_ns": 0},
     "matrix_rate": {"cu_flops_per_ns": UNLIMITED},
@@ -55,6 +56,7 @@ def everything():
         "word_tokens": 8,
         "feed_bytes_per_ns": 60.0,
         "ask_early": True,
+        "first_given": True,
         "plan_ps": 2_000,
         "plan_token_ps": 20,
     }

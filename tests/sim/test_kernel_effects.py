@@ -30,10 +30,32 @@ def planned(tokens):
     return table
 
 
-def test_a_release_ends_a_task_that_signals_and_then_the_signal_travels(run):
+def test_a_release_follows_a_task_that_signals_and_then_the_signal_travels(run):
     records = run(waiting(), plain_machine(release_ps=2_000, signal_ps=500), workers=2)
-    assert records["end_ps"].tolist() == [7_000, 8_500]  # the down signals nobody
-    assert records["done_ps"].tolist() == [5_000, 8_500]
+    assert records["start_ps"].tolist() == [0, 7_500]
+    assert records["end_ps"].tolist() == [5_000, 8_500]  # the down signals nobody
+
+
+def test_a_worker_releases_one_task_after_the_other_beside_the_next(run):
+    table = HandTable()
+    ready = [table.event("upped") for _ in range(2)]
+    for event in ready:
+        table.task("up", flops=1, signals=(event,))
+    for event in ready:
+        table.task("down", flops=1, waits=(event,))
+    machine = plain_machine(release_ps=3_000, signal_ps=500)
+    records = run(table, machine, workers=3, queue="replay", lists=[[[0, 1], [2], [3]]])
+    assert records["start_ps"].tolist() == [0, 1_000, 4_500, 7_500]  # releases: 1 to 4, 4 to 7 ns
+
+
+def test_with_push_a_worker_releases_before_it_goes_on(run):
+    table = HandTable()
+    ready = table.event("upped")
+    table.task("route", signals=(table.plan(),))
+    table.task("up", flops=5, waits=(table.plan(),), signals=(ready,))
+    table.task("down", flops=1, waits=(ready,))
+    records = run(table, plain_machine(release_ps=2_000), queue="push")
+    assert records["end_ps"].tolist() == [0, 7_000, 8_000]
 
 
 def test_logits_and_routing_need_no_release(run):
@@ -44,11 +66,13 @@ def test_logits_and_routing_need_no_release(run):
 def test_a_release_takes_longer_while_memory_is_busy(run):
     table = HandTable()
     table.task("up", weights=1000)
-    table.task("up", flops=5, signals=(table.event("upped"),))
+    ready = table.event("upped")
+    table.task("up", flops=5, signals=(ready,))
+    table.task("down", waits=(ready,))
     # one stream of 10 GB/s of 100 runs: 1 + 4 * 10 % of 1 ns
     for beside in (False, True):
         machine = plain_machine(release_ps=1_000, release_load_factor=5.0, finish_beside=beside)
-        assert run(table, machine, workers=2)["end_ps"][1] == 6_400
+        assert run(table, machine, workers=3)["start_ps"][2] == 6_400
 
 
 def test_without_warps_for_it_the_end_of_a_task_holds_up_the_next(run):
@@ -114,6 +138,19 @@ def test_with_few_tokens_every_worker_routes_for_itself(run):
     machine = plain_machine(signal_ps=500, plan_ps=1_000, word_tokens=3)
     assert run(planned(tokens=3), machine, workers=3)["ready_ps"].tolist() == [0, 5_000, 5_000]
     assert run(planned(tokens=4), machine, workers=3)["ready_ps"].tolist() == [0, 5_500, 5_500]
+
+
+@pytest.mark.parametrize("queue", ["ticket", "domain"])
+def test_the_first_tickets_may_come_with_the_launch(run, queue):
+    table = HandTable()
+    for _ in range(5):
+        table.task("up", flops=1)
+    machine = plain_machine(ticket_ps=1_000, ticket_far_ps=1_000, num_domains=2, first_given=True)
+    records = run(table, machine, workers=3, queue=queue)
+    assert records["ticket_ps"][:3].tolist() == [0, 0, 0]
+    assert records["worker"][:3].tolist() == [0, 1, 2]
+    assert records["ticket_ps"][3:].tolist() == [1_000, 1_000]  # asked for while the first tasks run
+    assert sorted(records["worker"][3:].tolist()) == [0, 1]
 
 
 @pytest.mark.parametrize(("early", "asked_ps"), [(True, [0, 1_000, 2_500]), (False, [0, 2_000, 4_000])])
