@@ -68,7 +68,7 @@ EFFECTS: dict[str, Effect] = {
         lambda machine: replace(machine, signal_near_ps=machine.signal_ps),
     ),
     "release": Effect(
-        "A task's stores are made visible before it signals, a worker's one after the other. Without: they are at once.",
+        "A task's stores are made visible before it signals, one after the other. Without: they are at once.",
         _set(release_ps=0),
     ),
     "release_load": Effect(

@@ -322,7 +322,10 @@ class Worker:
         self._signal(row)
 
     def _later(self, time_ps: int, call: Callable[[int], Any], row: int) -> None:
-        self.env.timeout(time_ps - int(self.env.now)).callbacks.append(lambda _: call(row))  # type: ignore[arg-type]
+        def now(_: simpy.Event) -> None:
+            call(row)
+
+        self.env.timeout(time_ps - int(self.env.now)).callbacks.append(now)
 
     def _signal(self, row: int) -> list[int]:
         """Send a finished task's signals; returns the events of this PE."""
@@ -356,7 +359,7 @@ class Stage:
         self.near_ticket_ps: tuple[int, int] = (machine.ticket_service_ps, machine.ticket_ps)
         far_ps = (machine.ticket_far_service_ps, machine.ticket_far_ps)
         self.shared_ticket_ps: tuple[int, int] = far_ps if pe.num_domains > 1 else self.near_ticket_ps
-        self.first_given = machine.first_given
+        self.first_given: bool = machine.first_given
         self.launched: simpy.Event = pe.env.event()
         self._arrived = 0
 
