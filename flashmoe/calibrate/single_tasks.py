@@ -19,9 +19,8 @@ from flashmoe.measured import MeasuredLayer
 from flashmoe.trace import KINDS, Trace
 from flashmoe.validate import kind_errors, simulate_as
 
-# Kinds whose fixed part shows in their time. In a chain of down tasks it does not: the end of one lies beside the next,
-# and it is the same warps that end an up task.
-_TIMED, _FED = ("gate", "route", "up", "combine"), ("up", "down")
+# Kinds that have a fixed part, and those of them whose weights go through the ring.
+_TIMED, _FED = ("gate", "route", "up", "down", "combine"), ("up", "down")
 
 
 def bare_machine(machine: Machine, measured: Measurements) -> Machine:
@@ -49,11 +48,14 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
     pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
     for kind in _TIMED:
-        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in pairs]
+        # inside a chain it does not show: the end of a task lies beside the next
+        told = [(layer, simulated) for layer, simulated in pairs if not _has_chains(layer, kind)]
+        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in told]
         missing_ns = [1000 * (error.measured_us - error.simulated_us) for error in errors if error is not None]
         if missing_ns:
             parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker")
-    parameters["down_overhead_ps"] = parameters["up_overhead_ps"]
+    # where all are in chains: the same warps end both
+    parameters.setdefault("down_overhead_ps", parameters["up_overhead_ps"])
     starts_ns = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
     parameters["prologue_ps"] = _fixed(starts_ns, "first instruction to the start of the first task, less a ticket")
     lists_ns = np.array([_lists_ns(layer.trace) - _lists_ns(simulated) for layer, simulated in pairs])
@@ -105,6 +107,11 @@ def _fixed(missing_ns: list[float], what: str) -> Parameter:
     value, spread = float(np.median(missing_ns)), float(np.ptp(missing_ns)) / 2
     source = f"{what}: {value:.4g} ± {spread:.2g} ns over {len(missing_ns)} launches"
     return Parameter(max(0, round(value * 1000)), spread * 1000, "measured", source)
+
+
+def _has_chains(layer: MeasuredLayer, kind: str) -> bool:
+    tasks = layer.table.tasks
+    return bool((tasks["chain"][tasks["kind"] == KINDS.index(kind)] != 1).any())
 
 
 def _first_start_ns(trace: Trace) -> float:
