@@ -37,37 +37,23 @@ Shape built_shape(u32 num_pes) {
 using Kernel = void (*)(Params);
 struct Instance {
   Kernel kernel, traced;
-  u32 columns;
-  bool words;
-  u32 up_rows, down_rows, block_tokens;  // 0: any
+  u32 groups;  // of 8 tokens in a block
+  pipeline::Mode mode;
   const char* name;
-
-  bool fits(const Tiling& t, bool few_tokens) const {
-    return words == few_tokens && (up_rows == 0 || up_rows == t.up_rows) &&
-           (down_rows == 0 || down_rows == t.down_rows) && (words || columns * 8 == t.block_tokens) &&
-           (block_tokens == 0 || block_tokens == t.block_tokens);
-  }
 };
-template <u32 columns, bool words, u32 up_rows = 0, u32 down_rows = 0, u32 block_tokens = 0>
+template <u32 groups, pipeline::Mode mode>
 Instance instance(const char* name) {
-  return Instance{pipeline::moe_layer<columns, words, false, up_rows, down_rows, block_tokens>,
-                  pipeline::moe_layer<columns, words, true, up_rows, down_rows, block_tokens>,
-                  columns,
-                  words,
-                  up_rows,
-                  down_rows,
-                  block_tokens,
-                  name};
+  return Instance{pipeline::moe_layer<groups, mode, false>, pipeline::moe_layer<groups, mode, true>, groups,
+                  mode, name};
 }
-// The tilings that are worth it have instances of their own; the first that fits is taken.
+// The first that fits is taken.
 const Instance instances[] = {
-    instance<1, true, 8, 16, 8>("pipeline, tokens as columns, tuned"),
-    instance<1, true>("pipeline, tokens as columns"),
-    instance<1, false, 32, 32, 8>("pipeline, lists of 8, tuned"),
-    instance<1, false>("pipeline, lists of 8"),
-    instance<2, false, 32, 32, 16>("pipeline, lists of 16, tuned"),
-    instance<2, false>("pipeline, lists of 16"),
-    instance<3, false>("pipeline, lists of 24"),
+    instance<1, pipeline::Mode::words>("pipeline, words"),
+    instance<2, pipeline::Mode::rows>("pipeline, rows, blocks of 16"),
+    instance<4, pipeline::Mode::rows>("pipeline, rows, blocks of 32"),
+    instance<2, pipeline::Mode::tiles>("pipeline, tiles, blocks of 16"),
+    instance<4, pipeline::Mode::tiles>("pipeline, tiles, blocks of 32"),
+    instance<8, pipeline::Mode::tiles>("pipeline, tiles, blocks of 64"),
 };
 
 }  // namespace
@@ -81,28 +67,36 @@ struct FlashmoeLayer {
   char* workspace;
   FaultReport* fault;
   TraceRecord* records;
-  u64* begin_ns;
+  pipeline::WorkerLog* logs;
 
   const Instance& instance_for(u32 num_tokens) const {
+    const pipeline::Mode mode = pipeline::mode_of(tiling, num_tokens);
     for (const Instance& i : instances)
-      if (i.fits(tiling, num_tokens <= pipeline::max_words_tokens)) return i;
+      if (i.mode == mode && (mode == pipeline::Mode::words || tiling.block_tokens <= 8 * i.groups)) return i;
     return instances[0];  // refused when the layer was made
   }
 };
 
 namespace {
 
+// More bytes in flight than the memory needs only queue in front of everything else.
+u32 ring_slots(pipeline::Mode mode) { return mode == pipeline::Mode::words ? 3 : 4; }
+
 int refuse(const FlashmoeConfig& c, const Tiling& t) {
   if (c.num_pes != 1) return fail("%u PEs on one card (the pipelined kernel does 1)", c.num_pes);
   if (c.max_tokens > 1024) return fail("max_tokens=%u (accepted: 0..1024)", c.max_tokens);
   if (static_cast<QueueKind>(c.queue) == QueueKind::push)
     return fail("queue push (the pipelined kernel does ticket, domain, static and replay)");
-  if (t.granularity != Granularity::tile || t.down != Down::rows)
-    return fail("tiling (the pipelined kernel does granularity 'tile' with down 'rows')");
-  if (t.block_tokens != 8 && t.block_tokens != 16 && t.block_tokens != 24)
-    return fail("block_tokens=%u (the pipelined kernel does 8, 16 and 24)", t.block_tokens);
-  if (t.up_rows % 8 != 0) return fail("up_rows=%u (must be a multiple of 8)", t.up_rows);
-  if (t.down_rows % 16 != 0 || t.down_rows > 32) return fail("down_rows=%u (accepted: 16, 32)", t.down_rows);
+  if (t.granularity != Granularity::tile)
+    return fail("granularity 'token' (the pipelined kernel does 'tile')");
+  if (t.up_rows % 8 != 0 || t.up_rows > 64) return fail("up_rows=%u (accepted: 8, 16, .. 64)", t.up_rows);
+  if (t.down_rows % 16 != 0 || t.down_rows > 128)
+    return fail("down_rows=%u (accepted: 16, 32, .. 128)", t.down_rows);
+  if (!pipeline::LogTiling::fits(t)) return fail("tiling (the pipelined kernel does powers of two)");
+  const u32 most = t.down == Down::rows ? 32 : 64;
+  if (t.block_tokens > most) return fail("block_tokens=%u (accepted: 1..%u)", t.block_tokens, most);
+  if (t.down == Down::rows && t.groups(built_shape(1)) > 32)
+    return fail("experts_per_pick=%u (at most 32 groups of experts)", t.experts_per_pick);
   return 0;
 }
 
@@ -143,7 +137,7 @@ void flashmoe_destroy(FlashmoeLayer* layer) {
   cudaFree(layer->workspace);
   cudaFree(layer->fault);
   cudaFree(layer->records);
-  cudaFree(layer->begin_ns);
+  cudaFree(layer->logs);
   delete layer;
 }
 
@@ -178,7 +172,8 @@ int flashmoe_create(const FlashmoeConfig* config, const FlashmoeWeights* weights
   if (check(cudaMalloc(reinterpret_cast<void**>(&layer->workspace), layer->layout.bytes), "workspace") ||
       check(cudaMalloc(reinterpret_cast<void**>(&layer->fault), sizeof(FaultReport)), "fault report") ||
       check(cudaMalloc(reinterpret_cast<void**>(&layer->records), trace_bytes + 32), "trace") ||
-      check(cudaMalloc(reinterpret_cast<void**>(&layer->begin_ns), workers * sizeof(u64)), "trace") ||
+      check(cudaMalloc(reinterpret_cast<void**>(&layer->logs), workers * sizeof(pipeline::WorkerLog)),
+            "trace") ||
       flashmoe_reset(layer)) {
     flashmoe_destroy(layer);
     return 1;
@@ -214,7 +209,7 @@ int flashmoe_launch(FlashmoeLayer* layer, const FlashmoeInput* input, void* stre
   if (num_tokens == 0) return 0;
   const Instance& chosen = layer->instance_for(num_tokens);
   Params p{};
-  p.tiling = layer->tiling;
+  p.cut = pipeline::LogTiling::of(layer->tiling);
   p.queue = static_cast<QueueKind>(layer->config.queue);
   p.order = static_cast<Order>(layer->config.order);
   p.layout = layer->layout;
@@ -235,12 +230,11 @@ int flashmoe_launch(FlashmoeLayer* layer, const FlashmoeInput* input, void* stre
   p.deadline_ns = layer->config.deadline_ns;
   p.fault = layer->fault;
   p.records = layer->records;
-  p.begin_ns = layer->begin_ns;
+  p.logs = layer->logs;
   p.trace_capacity = layer->config.trace_capacity;
-  // More bytes in flight than the memory needs only queue in front of everything else.
-  p.ring_slots = chosen.words ? 3 : 4;
+  p.ring_slots = ring_slots(chosen.mode);
   const u32 shared_bytes =
-      pipeline::SharedLayout::of(layer->tiling, num_tokens, p.ring_slots, chosen.columns, chosen.words).bytes;
+      pipeline::SharedLayout::of(layer->tiling, num_tokens, p.ring_slots, chosen.groups, chosen.mode).bytes;
   if (shared_bytes > layer->max_shared_bytes)
     return fail("%u tokens need %u bytes of shared memory (the card has %u)", num_tokens, shared_bytes,
                 layer->max_shared_bytes);
@@ -293,15 +287,17 @@ int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* rec
                    uint32_t* drops) {
   if (pe != 0 || worker >= layer->num_workers) return fail("PE %u worker %u", pe, worker);
   const u32 capacity = layer->config.trace_capacity;
-  std::vector<u64> begin(layer->num_workers);
-  if (flashmoe_copy(begin.data(), layer->begin_ns, begin.size() * 8)) return 1;
-  u64 first = begin[0];
-  for (u64 b : begin) first = b < first ? b : first;
+  std::vector<pipeline::WorkerLog> logs(layer->num_workers);
+  if (flashmoe_copy(logs.data(), layer->logs, logs.size() * sizeof logs[0])) return 1;
+  u64 first = logs[0].begin_ns;
+  for (const pipeline::WorkerLog& log : logs) first = log.begin_ns < first ? log.begin_ns : first;
   auto* mine = static_cast<TraceRecord*>(records);
   if (flashmoe_copy(mine, layer->records + u64{worker} * capacity, u64{capacity} * sizeof(TraceRecord)))
     return 1;
-  *size = *drops = 0;
-  while (*size < capacity && mine[*size].start_ns >= begin[worker]) mine[(*size)++].start_ns -= first;
+  const u32 tasks = static_cast<u32>(logs[worker].num_tasks);
+  *size = tasks < capacity ? tasks : capacity;
+  *drops = tasks - *size;
+  for (u32 i = 0; i < *size; ++i) mine[i].start_ns -= first;
   return 0;
 }
 
