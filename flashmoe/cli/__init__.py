@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from flashmoe.cli import (
     bench,
     build,
+    calibrate,
     check,
     compare,
     demo,
@@ -25,6 +26,7 @@ from flashmoe.cli import (
     simulate,
     sweep,
     tune,
+    validate,
 )
 from flashmoe.cli.screen import errors_as_exit_status
 
@@ -60,6 +62,8 @@ app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.add_typer(export.trace_app)
+app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("validate", epilog=validate.EXAMPLES)(validate.validate_command)
 app.command(epilog=presets.EXAMPLES)(presets.presets)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
