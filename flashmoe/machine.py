@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -75,17 +76,47 @@ class Machine:
         "ps", "a domain's first worker starts this much after the domain's before", default=0
     )
     launch_step_ps: int = _parameter("ps", "a worker starts this much after the one before in its domain", default=0)
+    prologue_ps: int = _parameter("ps", "a worker's first instruction to its first request for a pick", default=0)
     # queues
     ticket_ps: int = _parameter("ps", "ticket from a counter of the own domain, beyond its service")
     ticket_far_ps: int = _parameter("ps", "ticket from a counter that several domains use, beyond its service")
     ticket_service_ps: int = _parameter("ps", "serial part of a ticket, counter of the own domain")
     ticket_far_service_ps: int = _parameter("ps", "serial part of a ticket, counter that several domains use")
+    first_given: bool = _parameter(
+        "flag", "a launch hands out the first tickets, to worker after worker, and they take no time", default=False
+    )
+    ask_early: bool = _parameter(
+        "flag",
+        "with prefetch, a worker asks for its next pick when it starts a task, not when that task's weights are there",
+        default=False,
+    )
     # signals inside a PE
     signal_ps: int = _parameter("ps", "release to being seen by a CU of another domain, memory idle")
     signal_near_ps: int = _parameter("ps", "release to being seen by a CU of the same domain, memory idle")
     signal_load_factor: float = _parameter(
         "ratio", "a signal takes this many times as long when the memory is fully loaded", least=1, default=1.0
     )
+    # how a kernel ends a task
+    release_ps: int = _parameter(
+        "ps", "an up, down or expert task's stores are made visible before it signals, memory idle", default=0
+    )
+    release_load_factor: float = _parameter(
+        "ratio", "a release takes this many times as long when the memory is fully loaded", least=1, default=1.0
+    )
+    finish_beside: bool = _parameter(
+        "flag",
+        "what follows the arithmetic of an up, down or expert task runs beside the worker's next task, one at a time",
+        default=False,
+    )
+    word_tokens: int = _parameter(
+        "count",
+        "a PE with at most so many tokens sends results as words that are their own signal: no releases, and every "
+        "worker routes for itself; 0: never",
+        least=0,
+        default=0,
+    )
+    plan_ps: int = _parameter("ps", "a worker makes the lists of its experts, fixed part", default=0)
+    plan_token_ps: int = _parameter("ps", "the same, for each token of the layer", default=0)
     # fabric
     put_ps: int = _parameter("ps", "put with signal to another PE, one way, beyond its bytes")
     link_bytes_per_ns: float = _parameter("bytes/ns", "one direction between two PEs")
@@ -99,6 +130,12 @@ class Machine:
     matrix_tokens: int = _parameter("count", "tokens of a matrix instruction: a task's are padded to it", default=1)
     matrix_rows: int = _parameter("count", "weight rows of a matrix instruction: a task's are padded to it", default=1)
     cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    feed_bytes_per_ns: float = _parameter(
+        "bytes/ns",
+        "weights from where they have arrived through the products, one CU, however few tokens; 0: no limit",
+        least=0,
+        default=0.0,
+    )
     # fixed parts
     gate_overhead_ps: int = _parameter("ps", "fixed part of a gate task")
     route_overhead_ps: int = _parameter("ps", "fixed part of a route task")
@@ -140,6 +177,8 @@ class Machine:
             raise ValueError(f"pe_spread={self.pe_spread} with num_cores > 0 (must be 0: the PEs share the cores)")
         if self.num_cores > 0 and self.prefetch:
             raise ValueError("prefetch=True with num_cores > 0 (must be False: only a running thread loads anything)")
+        if self.num_cores > 0 and self.finish_beside:
+            raise ValueError("finish_beside=True with num_cores > 0 (must be False: a thread does one thing at a time)")
         if self.num_domains > self.num_cus:
             raise ValueError(f"num_domains={self.num_domains} (must be at most num_cus={self.num_cus})")
 
@@ -183,6 +222,10 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, ready for JSON; without the origins."""
         return {"name": self.name} | {key: getattr(self, key) for key in parameter_units()}
+
+    def save(self, path: str | Path) -> None:
+        """Write a machine file that `load` reads. Raises: ValueError for a parameter without an origin."""
+        Path(path).write_text(_to_toml(self), encoding="utf-8")
 
 
 def parameter_units() -> dict[str, str]:
@@ -266,6 +309,22 @@ def _from_toml(text: str, default_name: str) -> Machine:
             f"machine {values['name']!r} lacks {', '.join(missing)} (give them, or a base: {', '.join(preset_names())})"
         )
     return Machine(**values, description=entries.get("description", ""), origins=origins)
+
+
+def _to_toml(machine: Machine) -> str:
+    lines = [f"name = {json.dumps(machine.name)}", f"description = {json.dumps(machine.description)}", ""]
+    defaults = {item.name: item.default for item in fields(Machine)}
+    for key, unit in parameter_units().items():
+        value = getattr(machine, key)
+        if key not in machine.origins:
+            if value == defaults[key]:
+                continue
+            raise ValueError(f"{key}={value} has no origin (a machine file says of each parameter where it is from)")
+        scaled, written = (value / 1000, "ns") if unit == "ps" else (value, unit)
+        _, origin, source = machine.origins[key]
+        texts = f'unit = "{written}", origin = "{origin}", source = {json.dumps(source, ensure_ascii=False)}'
+        lines.append(f"{key} = {{ value = {json.dumps(scaled)}, {texts} }}")
+    return "\n".join(lines) + "\n"
 
 
 def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:

@@ -170,6 +170,14 @@ class TaskTable:
         skipped = int(self.tasks["task_id"][start]) if start < self.first[pe + 1] else 0  # gate tasks left out
         return task_id + (start - skipped)
 
+    def rows(self, records: np.ndarray[Any, Any]) -> NDArray[np.int64]:
+        """Row of each record of a trace of this layer."""
+        rows = np.empty(len(records), np.int64)
+        for pe in range(self.num_pes):
+            mine = records["pe"] == pe
+            rows[mine] = self.row(pe, records["task_id"][mine].astype(np.int64))
+        return rows
+
     def order(self, name: str) -> list[NDArray[np.uint32]]:
         """Task ids of each PE's picks (first tasks of chains), in the order's rank."""
         if name not in ORDERS:
@@ -264,10 +272,7 @@ def _last_makers(table: TaskTable, records: np.ndarray[Any, Any], layer: int) ->
     """For each record of a layer, in their order, the record of the last to end of those that it waited for, or -1."""
     of_layer = np.flatnonzero(records["layer"] == layer)
     place = np.full(len(table.tasks), -1, np.int64)  # row of the table -> index of the record
-    row_of = np.empty(len(of_layer), np.int64)
-    for pe in range(table.num_pes):
-        mine = records["pe"][of_layer] == pe
-        row_of[mine] = table.row(pe, records["task_id"][of_layer[mine]].astype(np.int64))
+    row_of = table.rows(records[of_layer])
     place[row_of] = of_layer
     end_ps = np.where(place >= 0, records["end_ps"][place], -1)
 

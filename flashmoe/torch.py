@@ -40,8 +40,9 @@ class MoE(nn.Module):
     `workspace_bytes`, which `print(module)` shows, and while packing one expert's larger matrix. On a CPU the tensors
     are used as they are.
 
-    Calls share a workspace: they must follow each other, on one stream or ordered by events. The module keeps the
-    device and the dtype of its weights; `state_dict` has nothing of it, as packed weights are no checkpoint.
+    Calls share a workspace: they must follow each other, on one stream or ordered by events; so must those of different
+    modules, unless `workers` leaves room for both on the card. The module keeps the device and the dtype of its
+    weights; `state_dict` has nothing of it, as packed weights are no checkpoint.
 
     Nothing is waited for, so a launch that could not go on (a deadline passed) is not seen by the call: its output is
     undefined, as are those after it, until `check` is called. Do that wherever the host waits for the GPU anyway.
@@ -79,6 +80,8 @@ class MoE(nn.Module):
                 raise ValueError(f"{name} is on {tensor.device} and gate on {gate.device} (must be the same)")
             weights.append(tensor.detach().clone() if copy else tensor.detach().contiguous())
             self.register_buffer(name, weights[-1], persistent=False)
+        if gate.device.type not in ("cpu", "cuda"):  # cuda is AMD's cards, too
+            raise ValueError(f"the weights are on {gate.device} (accepted: cpu, cuda)")
         self.model, self.max_tokens, self.device = model, max_tokens, gate.device
         runner = _CpuRunner if gate.device.type == "cpu" else _CardRunner
         self._runner: _CpuRunner | _CardRunner = runner(
@@ -180,7 +183,7 @@ class _CpuRunner:
     """The CPU backend on tensors, without copies of the weights."""
 
     def __init__(self, model: MoEModel, weights: list[Tensor], **options: Any) -> None:
-        chosen = choose(options.pop("policy"), model, options["max_tokens"])
+        chosen = choose(options.pop("policy"), options["max_tokens"])
         self._model, self._trace = model, options["trace"]
         self.layer = Layer(model, Weights(*map(_to_numpy, weights)), policy=chosen, **options)
         self._last: Trace | None = None

@@ -82,7 +82,7 @@ def run_on(checkpoint: Path, *arguments: str | Path) -> list[str | Path]:
 
 @pytest.mark.parametrize(
     "command",
-    [["demo"], ["simulate"], ["run"], ["compare"], ["trace", "export"], ["presets"], ["doctor"]],
+    [["demo"], ["simulate"], ["run"], ["compare"], ["build"], ["trace", "export"], ["presets"], ["doctor"]],
     ids=" ".join,
 )
 def test_help_has_an_example(command: list[str]) -> None:
@@ -92,7 +92,7 @@ def test_help_has_an_example(command: list[str]) -> None:
 
 def test_help_names_every_command() -> None:
     text = call("--help").stdout
-    for command in ("demo", "simulate", "run", "compare", "trace", "presets", "doctor"):
+    for command in ("demo", "simulate", "run", "compare", "build", "trace", "presets", "doctor"):
         assert f" {command} " in text
 
 

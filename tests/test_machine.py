@@ -74,47 +74,6 @@ def test_few_and_many_sms_of_an_h200_stream_as_fast_as_was_measured():
     assert 132 * rates[132] == pytest.approx(measured[132], rel=0.001)
 
 
-def test_a_signal_on_an_idle_and_on_a_streaming_h200_takes_as_long_as_was_measured():
-    far_ps = resolve(Machine.preset("h200"), 1, 132).far_ps
-    signal = {"signal": "red.release", "payload_bytes": "512"}
-    assert far_ps[0] / 1e3 == pytest.approx(median("signal", "one_way", streams="idle", **signal), rel=0.01)
-    loaded = median("signal", "one_way", streams="all SMs stream", slots="3", **signal)
-    assert far_ps[132] / 1e3 == pytest.approx(loaded, rel=0.01)
-
-
-def test_an_h200_has_the_parameters_that_were_measured():
-    machine = Machine.preset("h200")
-    gap = median("launch", "gap_last_end_to_first_start", programmatic="False")
-    ramp = median("launch", "last_block_after_first", programmatic="False")
-    ticket = median("ticket", "latency", pace_ns="2000", streams="all SMs stream")
-    matrix = {"tokens": "16", "accumulators": "2", "sms": "132", "unit": "flop/ns"}
-    read = {"bytes": "65536", "by": "loads of 256 threads", "streams": "all SMs stream"}
-    assert machine.launch_ps == gap * 1e3
-    assert machine.launch_step_ps * 131 / 1e3 == pytest.approx(ramp, rel=0.05)
-    assert (machine.ticket_ps + machine.ticket_service_ps) / 1e3 == pytest.approx(ticket, rel=0.01)
-    assert machine.cu_bytes_per_ns == pytest.approx(median("knee_fit", "cap", slots="3"), rel=0.01)
-    assert machine.cu_flops_per_ns == pytest.approx(median("mma_m16n8k16_bf16", "rate_of_an_sm", **matrix), rel=0.01)
-    assert machine.cache_bytes_per_ns == pytest.approx(65536 / median("l2_read", "time", **read), rel=0.01)
-    jitter = median("task_jitter", "log_std", mode="pipelined")
-    assert machine.jitter == pytest.approx(jitter, rel=0.01)
-
-
-def median(benchmark, quantity, **conditions):
-    """A quantity of the calibration of an H200; the conditions must single it out."""
-    found = [
-        result["median"]
-        for result in json.loads((CALIBRATION / "calibrate.json").read_text())["results"]
-        if (result["benchmark"], result["quantity"]) == (benchmark, quantity)
-        and conditions.items() <= {"unit": result["unit"], **stringified(result["conditions"])}.items()
-    ]
-    assert len(found) == 1
-    return found[0]
-
-
-def stringified(conditions):
-    return {key: str(value) for key, value in conditions.items()}
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_results_that_a_preset_names_are_there(name):
     for origin in Machine.preset(name).origins.values():

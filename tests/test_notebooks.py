@@ -31,6 +31,7 @@ def test_there_are_notebooks() -> None:
         "03-skew-and-placement",
         "04-how-fine-should-a-task-be",
         "05-what-the-links-cost",
+        "06-measured-and-simulated",
     ]
 
 

@@ -47,7 +47,7 @@ def test_the_same_bits_as_run():
     idx, weights, routing = draw_routing(7)
     for policy in ("tuned", "ancestor"):
         module = make(policy=policy, workers=2)
-        chosen = tuned(MODEL, 16) if policy == "tuned" else policy
+        chosen = tuned(16) if policy == "tuned" else policy
         for given, ours in ((None, module(x)), (routing, module(x, idx, weights))):
             theirs = fm.run(MODEL, WEIGHTS, [array], policy=chosen, routing=given).outputs[0]
             assert torch.equal(ours, to_torch(theirs))
@@ -185,6 +185,7 @@ def test_tensors_that_do_not_fit():
         ((gate[:, :95], gate_up, down), r"gate: shape \(6, 95\) \(must be \(6, 96\)\)"),
         ((gate, gate_up.float(), down), r"gate_up is torch.float32 \(must be torch.bfloat16\)"),
         ((gate, gate_up, down.to("meta")), "down is on meta and gate on cpu"),
+        ([tensor.to("meta") for tensor in (gate, gate_up, down)], r"on meta \(accepted: cpu, cuda\)"),
     ):
         with pytest.raises(ValueError, match=named):
             MoE(MODEL, *tensors)

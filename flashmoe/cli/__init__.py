@@ -11,7 +11,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flashmoe.cli import build, check, compare, demo, doctor, explain, export, presets, run, simulate, sweep, tune
+from flashmoe.cli import (
+    bench,
+    build,
+    calibrate,
+    check,
+    compare,
+    demo,
+    doctor,
+    explain,
+    export,
+    presets,
+    run,
+    simulate,
+    sweep,
+    tune,
+    validate,
+)
 from flashmoe.cli.screen import errors_as_exit_status
 
 __all__ = ["app", "main"]
@@ -44,7 +60,10 @@ app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.add_typer(export.trace_app)
+app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("validate", epilog=validate.EXAMPLES)(validate.validate_command)
 app.command(epilog=presets.EXAMPLES)(presets.presets)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 

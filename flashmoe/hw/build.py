@@ -14,7 +14,16 @@ from pathlib import Path
 from flashmoe.hw.compilers import TARGETS, BuildError, Compiler, find_compiler
 from flashmoe.model import MoEModel
 
-__all__ = ["TARGETS", "BuildError", "build_library", "cache_folder", "check_shape", "log_of", "source_folder"]
+__all__ = [
+    "TARGETS",
+    "BuildError",
+    "build_library",
+    "build_microbenchmarks",
+    "cache_folder",
+    "check_shape",
+    "log_of",
+    "source_folder",
+]
 
 
 def check_shape(model: MoEModel) -> None:
@@ -71,18 +80,43 @@ def build_library(model: MoEModel, target: str = "sm_90", *, progress: Callable[
         f"-DFLASHMOE_TOP_K={model.top_k}",
         f"-DFLASHMOE_NORM_TOPK={int(model.norm_topk_prob)}",
     ]
-    done = cache_folder() / f"{target}-{_digest(sources, compiler, flags)}.so"
+    name = f"{target}-{_digest(sources, ('include', 'kernel', 'device'), compiler, flags)}.so"
+    shape = f"d_model {model.d_model}, d_ff {model.d_ff}, {model.num_experts} experts, top {model.top_k}"
+    return _cached(name, compiler, flags, sources / "device", f"{shape} for {target}", progress)
+
+
+def build_microbenchmarks(*, progress: Callable[[str], None] | None = None) -> Path:
+    """Compile the program that measures an sm_90 GPU (hip_src/calibrate), unless the cache has it.
+
+    Returns: the program; it needs a driver where it runs, no CUDA toolkit. progress, Raises: as `build_library`.
+    """
+    compiler = find_compiler("sm_90")
+    sources = source_folder()
+    flags = ["-O3", "-std=c++17", *compiler.compile_flags]
+    name = f"calibrate-{_digest(sources, ('calibrate',), compiler, flags)}"
+    return _cached(name, compiler, flags, sources / "calibrate", "microbenchmarks for sm_90", progress)
+
+
+def _cached(
+    name: str,
+    compiler: Compiler,
+    flags: list[str],
+    folder: Path,
+    what: str,
+    progress: Callable[[str], None] | None,
+) -> Path:
+    """The file of this name in the cache, compiled if need be."""
+    done = cache_folder() / name
     if _is_whole(done):
         return done
     if progress is not None:
-        shape = f"d_model {model.d_model}, d_ff {model.d_ff}, {model.num_experts} experts, top {model.top_k}"
-        progress(f"compiling {shape} for {target} with {compiler.name}")
+        progress(f"compiling {what} with {compiler.name}")
     try:
         done.parent.mkdir(parents=True, exist_ok=True)
         # a folder of its own, then renames: builders at the same time do the work twice, and nobody sees half a file
         with tempfile.TemporaryDirectory(prefix="build-", dir=done.parent) as scratch:
             made = Path(scratch) / done.name
-            log_of(made).write_text(_compile(compiler, flags, sources / "device", made))
+            log_of(made).write_text(_compile(compiler, flags, folder, made))
             log_of(made).replace(log_of(done))
             made.replace(done)
     except OSError as error:
@@ -93,7 +127,7 @@ def build_library(model: MoEModel, target: str = "sm_90", *, progress: Callable[
 
 
 def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> str:
-    """Make the library of all files that this compiler takes, and give what it said."""
+    """Make a library (.so) or a program of all files that this compiler takes, and give what it said."""
     files = sorted(file for file in folder.iterdir() if file.suffix in compiler.suffixes)
     if not files:
         raise BuildError(f"{folder} has no {' or '.join(compiler.suffixes)} file")
@@ -103,7 +137,9 @@ def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> 
     jobs = [[compiler.path, *flags, "-c", str(file), "-o", str(o)] for file, o in zip(files, objects, strict=True)]
     with ThreadPoolExecutor() as pool:
         said = list(pool.map(_call, jobs))
-    said.append(_call([compiler.path, "-shared", *map(str, objects), *compiler.link_flags, "-o", str(made)]))
+    # -z defs: a function that is missing is an error now, not when the library is loaded
+    shared = ["-shared", "-Xlinker", "-z", "-Xlinker", "defs"] if made.suffix == ".so" else []
+    said.append(_call([compiler.path, *shared, *map(str, objects), *compiler.link_flags, "-o", str(made)]))
     return "".join(said)
 
 
@@ -132,9 +168,9 @@ def _is_whole(library: Path) -> bool:
     return library.stat().st_size >= int(offset + entry_bytes * entries)
 
 
-def _digest(sources: Path, compiler: Compiler, flags: list[str]) -> str:
+def _digest(sources: Path, folders: tuple[str, ...], compiler: Compiler, flags: list[str]) -> str:
     digest = hashlib.sha256()
-    for folder in ("include", "kernel", "device"):
+    for folder in folders:
         for file in sorted((sources / folder).rglob("*")):
             if file.is_file():
                 digest.update(str(file.relative_to(sources)).encode() + b"\0" + file.read_bytes() + b"\0")

@@ -41,7 +41,8 @@ class Kernel:
     """What one kernel takes of a CU, and its code.
 
     vgprs: 32-bit vector registers of a lane in all, accumulation registers (agprs) among them. lds_bytes: static.
-    spills: registers that found no place, scalar ones included. wg_threads: the most that a work-group may have.
+    vgpr_spills: vector registers kept in scratch memory. sgpr_spills: scalar ones, kept in lanes of vector registers.
+    wg_threads: the most that a work-group may have.
     """
 
     name: str
@@ -51,7 +52,8 @@ class Kernel:
     sgprs: int
     lds_bytes: int
     scratch_bytes: int
-    spills: int
+    vgpr_spills: int
+    sgpr_spills: int
     code: tuple[Instruction, ...]
 
     def count(self, name: str, scope: str | None = None) -> int:
@@ -65,9 +67,9 @@ class Kernel:
         return 512 // waves_per_simd
 
 
-def code_objects(library: Path) -> list[bytes]:
+def code_objects(data: bytes) -> list[bytes]:
     """The gfx942 ELF files inside a shared library: one for each source file."""
-    data, found = library.read_bytes(), []
+    found = []
     for bundle in re.finditer(_BUNDLE, data):
         place = bundle.end() + 8
         for _ in range(struct.unpack_from("<Q", data, bundle.end())[0]):
@@ -86,7 +88,7 @@ def read_kernels(library: Path) -> list[Kernel]:
     """
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, code_object in enumerate(code_objects(library)):
+        for i, code_object in enumerate(code_objects(library.read_bytes())):
             file = Path(folder) / f"{i}.elf"
             file.write_bytes(code_object)
             code = _disassemble(file)
@@ -126,7 +128,8 @@ def _kernel(name: str, said: dict[str, Any], code: tuple[Instruction, ...]) -> K
         sgprs=said[".sgpr_count"],
         lds_bytes=said[".group_segment_fixed_size"],
         scratch_bytes=said[".private_segment_fixed_size"],
-        spills=said[".vgpr_spill_count"] + said[".sgpr_spill_count"],
+        vgpr_spills=said[".vgpr_spill_count"],
+        sgpr_spills=said[".sgpr_spill_count"],
         code=code,
     )
 

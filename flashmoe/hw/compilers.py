@@ -13,7 +13,6 @@ TARGETS = ("sm_90", "gfx942")
 
 _OLDEST_NVCC = (12, 4)
 _OLDEST_HIPCC = (6, 0)  # the first ROCm whose compiler knows gfx942
-_WHOLE = "-Wl,-z,defs"  # a missing function is an error now, not when the library is loaded
 _DEBIAN_PACKAGES = ("clang-19", "lld-19", "clang-tools-19", "libamdhip64-dev", "rocm-device-libs")
 _DEVICE_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")  # Debian's rocm-device-libs
 _HIP_HEADER = Path("/usr/include/hip/hip_runtime.h")
@@ -69,7 +68,7 @@ def _cuda() -> Compiler:
     if shutil.which("g++") is None:
         raise BuildError("nvcc needs a host compiler, and g++ is not in PATH (install g++)")
     compile_flags = ("-x", "cu", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-Xptxas=-v")
-    return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static", "-Xlinker", "-z,defs"))
+    return Compiler(path, version, (".cu", ".hip"), compile_flags, ("-cudart", "static"))
 
 
 def _hip() -> Compiler:
@@ -78,9 +77,8 @@ def _hip() -> Compiler:
     if path is not None:
         version = _version(path, r"HIP version: (\d+\.\d+)")
         if _numbers(version) >= _OLDEST_HIPCC:
-            return Compiler(
-                path, version, (".hip",), ("--offload-arch=gfx942", "-fPIC"), ("--offload-arch=gfx942", _WHOLE)
-            )
+            flags = ("--offload-arch=gfx942", "-gline-tables-only")
+            return Compiler(path, version, (".hip",), (*flags, "-fPIC"), flags)
         found = f"{path} is version {version}, and there is no clang++-19 in PATH"
     clang = shutil.which("clang++-19")
     if clang is None:
@@ -91,8 +89,8 @@ def _hip() -> Compiler:
         clang,
         _version(clang, r"clang version (\d+\.\d+\.\d+)"),
         (".hip",),
-        ("-x", "hip", "--offload-arch=gfx942", "--rocm-path=/usr", "-fPIC"),
-        ("--hip-link", "--offload-arch=gfx942", "--rocm-path=/usr", "-lamdhip64", _WHOLE),
+        ("-x", "hip", "--offload-arch=gfx942", "--rocm-path=/usr", "-gline-tables-only", "-fPIC"),
+        ("--hip-link", "--offload-arch=gfx942", "--rocm-path=/usr", "-lamdhip64"),
         _DEVICE_LIBRARIES,
     )
 

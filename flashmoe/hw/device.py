@@ -37,7 +37,9 @@ _CLOCK_STEP_PS = {"cuda": 32_000, "hip": 10_000}  # in which the device's clock 
 class DeviceLayer:
     """One layer, its weights and a workspace on the card, to be launched as often as wanted.
 
-    Launches of one layer share its workspace: they must follow each other, on one stream or ordered by events.
+    Launches of one layer share its workspace: they must follow each other, on one stream or ordered by events. All
+    workers of a launch must be on the card at once, so launches of several layers may overlap only where the workers
+    of all of them fit.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class DeviceLayer:
             raise ValueError(f"kernel={kernel!r} (accepted: {', '.join(KERNELS)})")
         model.experts_per_pe(ep_size)
         if policy == "tuned":
-            policies = [(most, best.with_tiling(tiling)) for most, best in tuned_ranges(model, max_tokens, ep_size)]
+            policies = [(most, best.with_tiling(tiling)) for most, best in tuned_ranges(max_tokens)]
         else:
             policies = [(max_tokens, resolve(policy, tiling))]
         self.model, self.ep_size, self.max_tokens, self.backend = model, ep_size, max_tokens, backend
@@ -101,6 +103,7 @@ class DeviceLayer:
             )
             for most, chosen in policies
         ]
+        self.weights.pack()
         self.workers = self._natives[-1].num_workers
         self.domains = min(domains, self.workers)
         self._last: tuple[NativeLayer, list[int], bool] | None = None  # layer, tokens per PE, gate inside
@@ -110,6 +113,10 @@ class DeviceLayer:
     def workspace_bytes(self) -> int:
         """Workspaces and symmetric heaps of all PEs, and room for traces; without weights."""
         return sum(native.workspace_bytes for native in self._natives)
+
+    def kernel_name(self, num_tokens: int) -> str:
+        """Of the kernel that a launch of so many tokens runs on. Raises: ValueError when there is no room for them."""
+        return self._native_for([num_tokens]).kernel_name
 
     def launch(
         self,

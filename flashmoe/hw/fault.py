@@ -51,6 +51,8 @@ def _what(fault: dict[str, Any]) -> str:
     """The event that did not come; `planned` by what it lacks."""
     if fault["event"] == len(EVENT_KINDS):
         return f"slot {fault['index']} of the push queue (filled in this epoch)"
+    if fault["event"] == len(EVENT_KINDS) + 1:
+        return f"its own warps (barrier at byte {fault['index']})"
     event = EVENT_KINDS[fault["event"]]
     if event != "planned":
         return f"{event}[{fault['index']}]"

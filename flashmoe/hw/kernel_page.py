@@ -13,8 +13,8 @@ from flashmoe.model import MoEModel
 
 _GFX942 = (
     "VGPR: 32-bit vector registers of a lane, AGPR among them; the limit is what lets one work-group of that many "
-    "threads run on a CU. Spills: registers without a place. Release: `buffer_wbl2`, acquire: `buffer_inv`, each for "
-    "one GPU (agent) or all (system)."
+    "threads run on a CU. Spilled: vector registers in scratch memory, scalar ones in lanes of vector registers. "
+    "Release: `buffer_wbl2`, acquire: `buffer_inv`, each for one GPU (agent) or all (system)."
 )
 _SM_90 = "Stack and spills: bytes of one thread. Shared: static; the rings of weights come on top, at the launch."
 
@@ -39,13 +39,13 @@ def kernel_page(model: MoEModel, libraries: Mapping[str, Path], command: str) ->
 
 def gfx942_rows(library: Path) -> list[str]:
     """The table of a gfx942 library, line by line."""
-    heads = ["kernel", "threads", "VGPR", "AGPR", "limit", "SGPR", "LDS [B]", "scratch [B]", "spills", "MFMA"]
-    heads += ["release agent", "release system", "acquire agent", "acquire system"]
+    heads = ["kernel", "threads", "VGPR", "AGPR", "limit", "SGPR", "LDS [B]", "scratch [B]", "spilled VGPR"]
+    heads += ["spilled SGPR", "MFMA", "release agent", "release system", "acquire agent", "acquire system"]
     rows = [
         [
             f"`{kernel.name}`",
             *(kernel.wg_threads, kernel.vgprs, kernel.agprs, kernel.vgpr_limit, kernel.sgprs),
-            *(kernel.lds_bytes, kernel.scratch_bytes, kernel.spills, kernel.count("v_mfma")),
+            *(kernel.lds_bytes, kernel.scratch_bytes, kernel.vgpr_spills, kernel.sgpr_spills, kernel.count("v_mfma")),
             *(kernel.count(name, scope) for name in ("buffer_wbl2", "buffer_inv") for scope in ("agent", "system")),
         ]
         for kernel in read_kernels(library)

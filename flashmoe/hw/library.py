@@ -94,8 +94,6 @@ class Library:
             self._dll = c.CDLL(str(path))
         except OSError as error:
             raise BuildError(f"cannot load {path}: {error}") from error
-        for name in ("error", "kernel_name"):
-            self._function(name).restype = c.c_char_p
         for name in ("pack_scratch", "workspace_bytes"):
             self._function(name).restype = u64
         self._function("num_workers").restype = u32
@@ -113,10 +111,17 @@ class Library:
     def get(self, name: str, *arguments: Any) -> Any:
         return self._function(name)(*arguments)
 
+    def text(self, name: str, *arguments: Any) -> str | None:
+        """Of a function that gives text, or NULL."""
+        function = self._function(name)
+        function.restype = c.c_char_p
+        told = function(*arguments)
+        return None if told is None else str(told.decode(errors="replace"))
+
     def call(self, name: str, *arguments: Any, error: Callable[[str], Exception] = DeviceError) -> None:
         """Raises: `error` with the library's own text when the function gives one."""
         if self.get(name, *arguments):
-            raise error(f"{name}: {(self.get('error') or b'').decode(errors='replace')}")
+            raise error(f"{name}: {self.text('error') or ''}")
 
     def card(self) -> FlashmoeDevice:
         """The current device. Raises: DeviceError when there is none, or the code of this library is not for it."""

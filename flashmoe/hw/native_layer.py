@@ -81,7 +81,7 @@ class NativeLayer:
 
     @property
     def kernel_name(self) -> str:
-        return str(self._library.get("kernel_name", self._layer).decode())
+        return self._library.text("kernel_name", self._layer) or ""
 
     def follow(self, routing: Routing, *, gate: bool) -> None:
         """Put the lists of a replay, or of a policy written in Python, for this routing on the card."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from flashmoe.hw.library import DeviceBuffer, FlashmoeWeights, Library, download, load_library
+from flashmoe.hw.library import DeviceBuffer, FlashmoeWeights, download, load_library
 from flashmoe.hw.tensors import current_stream, pointer_of
 from flashmoe.model import MoEModel
 from flashmoe.weights import Weights
@@ -16,45 +16,57 @@ from flashmoe.weights import Weights
 class PackedWeights:
     """The packed weights of one layer; any number of device layers of that model may share them.
 
-    On the card they take as much as the weights themselves. While they are packed there is a scratch buffer of one
-    expert's larger matrix besides.
+    They are packed when the first layer has been made over them, so nothing is lost when that is refused. On the card
+    they take as much as the weights themselves, and a scratch buffer of one expert's larger matrix while they are
+    packed.
     """
 
+    _owners: list[Any]  # of the memory
+    _at: list[int]  # device pointers: gate, gate_up, down
+
     def __init__(self, model: MoEModel, weights: Weights, *, backend: str = "cuda") -> None:
-        """Upload and pack a copy. Raises: as `DeviceLayer`."""
-        library = load_library(model, backend)
-        library.card()
+        """Upload a copy. Raises: as `DeviceLayer`."""
+        self._begin(model, backend)
         weights.check(model)
         weights = weights.cast(model.dtype)
-        buffers = [DeviceBuffer.of(library, array) for array in (weights.gate, weights.gate_up, weights.down)]
-        self._pack(library, model, [buffer.pointer for buffer in buffers], buffers, stream=0)
+        self._owners = [DeviceBuffer.of(self.library, a) for a in (weights.gate, weights.gate_up, weights.down)]
+        self._at = [buffer.pointer for buffer in self._owners]
 
     @classmethod
     def in_place(cls, model: MoEModel, gate: Any, gate_up: Any, down: Any, *, backend: str = "cuda") -> PackedWeights:
-        """Pack tensors on the card where they are: gate_up and down hold the packed weights from then on.
+        """Take tensors on the card: they will be packed where they are, and gate_up and down hold nothing else then.
 
         gate: (num_experts, d_model), not changed; gate_up: (num_experts, 2 d_ff, d_model), an expert's gate rows
         first; down: (num_experts, d_model, d_ff). All bfloat16 and contiguous. They stay alive with this object.
         Raises: ValueError naming what does not fit; else as `DeviceLayer`.
         """
-        library = load_library(model, backend)
-        library.card()
+        packed = cls.__new__(cls)
+        packed._begin(model, backend)
         experts, rows, columns = model.num_experts, model.d_model, model.d_ff
-        at = [
+        packed._owners = [gate, gate_up, down]
+        packed._at = [
             pointer_of("gate", gate, (experts, rows)),
             pointer_of("gate_up", gate_up, (experts, 2 * columns, rows)),
             pointer_of("down", down, (experts, rows, columns)),
         ]
-        packed = cls.__new__(cls)
-        packed._pack(library, model, at, [gate, gate_up, down], stream=current_stream(gate))
+        packed._stream = current_stream(gate)
         return packed
 
-    def _pack(self, library: Library, model: MoEModel, at: list[int], owners: list[Any], stream: int) -> None:
-        self.library, self.model, self._at, self._owners = library, model, at, owners
-        scratch = DeviceBuffer(library, library.get("pack_scratch"))
-        gate_up, down = map(c.c_void_p, at[1:])
-        library.call("pack", gate_up, down, c.c_void_p(scratch.pointer), c.c_void_p(stream))
-        library.call("synchronize")  # before the scratch goes
+    def _begin(self, model: MoEModel, backend: str) -> None:
+        self.model, self.library = model, load_library(model, backend)
+        self.library.card()
+        self._stream = 0
+        self._done = False
+
+    def pack(self) -> None:
+        """Pack them unless they are; waits for the device."""
+        if self._done:
+            return
+        scratch = DeviceBuffer(self.library, self.library.get("pack_scratch"))
+        gate_up, down = map(c.c_void_p, self._at[1:])
+        self.library.call("pack", gate_up, down, c.c_void_p(scratch.pointer), c.c_void_p(self._stream))
+        self._done = True
+        self.library.call("synchronize")  # before the scratch goes
 
     def native(self) -> FlashmoeWeights:
         return FlashmoeWeights(*self._at)

@@ -3,6 +3,7 @@
 `figure(plot_x, ...)` does that for any of them. No pyplot and no display is needed.
 """
 
+from flashmoe.plots.bench import figure_ceiling_share, plot_ceiling_share
 from flashmoe.plots.comparison import plot_comparison
 from flashmoe.plots.over_time import plot_hbm, plot_queue_length, plot_utilisation
 from flashmoe.plots.roofline import plot_roofline
@@ -20,9 +21,11 @@ from flashmoe.plots.timeline import (
 __all__ = [
     "KIND_COLOURS",
     "figure",
+    "figure_ceiling_share",
     "figure_mirrored",
     "figure_overview",
     "figure_timeline",
+    "plot_ceiling_share",
     "plot_comparison",
     "plot_hbm",
     "plot_heat_map",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.sim.costs import PLANNED_KINDS, Costs, task_costs
+from flashmoe.sim.costs import FINISHED_KINDS, PLANNED_KINDS, task_costs
 from flashmoe.sim.parameters import Parameters
 from flashmoe.tasks import TaskTable, segment_owner
 
@@ -34,12 +34,14 @@ def lower_bounds(tables: Sequence[TaskTable], parameters: Parameters, gap_ps: in
     hbm_ps = np.sum([layer.hbm_ps() for layer in layers], axis=0)
     stages_ps = np.sum([layer.stages_ps() for layer in layers], axis=0)  # (stages, num_pes)
     workers_ps = (stages_ps / num_workers + idle_ps).max()
-    if is_host:
-        workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores + idle_ps.min())
     launch_ps = int(parameters.start_ps.min())
+    # between its launches a PE of a host leaves memory and cores to the others
+    least_idle_ps = idle_ps.min() if len(idle_ps) == 1 else min(idle_ps.min(), launch_ps)
+    if is_host:
+        workers_ps = max(workers_ps, max(stage.sum() for stage in stages_ps) / machine.num_cores + least_idle_ps)
     links_ps = _links_ps(layers, parameters)
     bounds_ps = {
-        "hbm": hbm_ps.sum() + idle_ps.min() if is_host else (hbm_ps + idle_ps).max(),
+        "hbm": hbm_ps.sum() + least_idle_ps if is_host else (hbm_ps + idle_ps).max(),
         "workers": workers_ps,
         "longest_task": max((layer.longest_pick_ps() + launch_ps for layer in layers if len(layer.table)), default=0),
         "critical_path": _critical_path_ps(layers, parameters, gap_ps),
@@ -82,6 +84,8 @@ class _Layer:
         average = replace(parameters, machine=replace(parameters.machine, jitter=0.0), stall_threshold=0)
         self.table, self.parameters = table, parameters
         self.costs = task_costs(table, average)
+        # what ends beside the worker's next task
+        self.is_beside = np.isin(table.tasks["kind"], FINISHED_KINDS) & parameters.machine.finish_beside
 
     def hbm_ps(self) -> NDArray[np.float64]:
         """(num_pes,)"""
@@ -92,16 +96,24 @@ class _Layer:
         """(num_pes,) each: sums of what workers do one task after the other."""
         pe = self.table.tasks["pe"]
         return [
-            np.bincount(pe, weights=work, minlength=self.table.num_pes).astype(np.float64)
-            for work in _stages(self.costs)
+            np.bincount(pe, weights=work, minlength=self.table.num_pes).astype(np.float64) for work in self._stages()
         ]
+
+    def _stages(self) -> list[NDArray[np.int64]]:
+        """What a worker does one task after the other: with prefetch it streams for one while it runs another."""
+        costs = self.costs
+        after_ps = np.where(self.is_beside, 0, costs.after_ps)
+        beside_ps = costs.after_ps - after_ps
+        if costs.early:
+            return [costs.stream_ps, costs.compute_ps + after_ps, beside_ps]
+        return [np.maximum(costs.stream_ps, costs.compute_ps) + after_ps, beside_ps]
 
     def longest_pick_ps(self) -> float:
         tasks, costs = self.table.tasks, self.costs
         if len(tasks) == 0:
             return 0.0
         heads = np.flatnonzero(tasks["chain"])
-        stages = [*_stages(costs), np.where(tasks["chain"] > 0, costs.least_ps, 0)]
+        stages = [*self._stages(), np.where(tasks["chain"] > 0, costs.least_ps, 0)]
         return float(max(np.add.reduceat(stage, heads).max() for stage in stages))
 
     def is_output(self) -> NDArray[np.bool_]:
@@ -118,11 +130,6 @@ class _Layer:
         np.add.at(traffic, (source, destination), table.signal_bytes)
         np.fill_diagonal(traffic, 0.0)
         return traffic
-
-
-def _stages(costs: Costs) -> list[NDArray[np.int64]]:
-    """What a worker does one task after the other: with prefetch it streams for one while it runs another."""
-    return [costs.stream_ps, costs.compute_ps + costs.after_ps] if costs.early else [costs.least_ps]
 
 
 def _links_ps(layers: Sequence[_Layer], parameters: Parameters) -> float:
@@ -184,12 +191,14 @@ def _earliest_ends(
         for event in needs:
             waiters[event].append(row)
     end_ps = [0.0] * len(tasks)
+    free_ps = [0.0] * len(tasks)  # when the chain can go on
+    is_beside = layer.is_beside.tolist()
     weights_ps = [0.0] * len(tasks)  # earliest time at which a task's weights are there
     known = deque(row for row, count in enumerate(missing) if count == 0)
     while known:
         row = known.popleft()
         is_planned = kind[row] in PLANNED_KINDS
-        start_ps = end_ps[row - 1] if inside_chain[row] else (0.0 if is_planned else entry_ps[pe[row]])
+        start_ps = free_ps[row - 1] if inside_chain[row] else (0.0 if is_planned else entry_ps[pe[row]])
         for event in wait_event[wait_ptr[row] : wait_ptr[row + 1]]:
             start_ps = max(start_ps, event_ps[event])
         weights_from_ps = start_ps
@@ -199,7 +208,9 @@ def _earliest_ends(
             if inside_chain[row]:
                 weights_from_ps = max(weights_from_ps, weights_ps[row - 1])
         weights_ps[row] = weights_from_ps + stream_ps[row]
-        end_ps[row] = max(start_ps + compute_ps[row], weights_ps[row]) + after_ps[row]
+        done_ps = max(start_ps + compute_ps[row], weights_ps[row])
+        end_ps[row] = done_ps + after_ps[row]
+        free_ps[row] = done_ps if is_beside[row] else end_ps[row]
         if row + 1 < len(tasks) and inside_chain[row + 1]:
             missing[row + 1] -= 1
             if missing[row + 1] == 0:

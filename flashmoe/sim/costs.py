@@ -16,6 +16,8 @@ from flashmoe.trace import KINDS
 
 # Kinds whose tasks can be decoded only after the PE knows its tokens per expert (its `planned` event).
 PLANNED_KINDS = tuple(KINDS.index(kind) for kind in ("up", "down", "combine", "expert"))
+# Kinds that multiply with experts' weights: a kernel has warps of their own for what follows, with a release.
+FINISHED_KINDS = tuple(KINDS.index(kind) for kind in ("up", "down", "expert"))
 # Kinds that read a layer's input; the others read what these make.
 FIRST_KINDS = tuple(KINDS.index(kind) for kind in ("gate", "route", "dispatch"))
 
@@ -26,7 +28,7 @@ class Costs:
 
     stream_bytes: (n,) float64, what a task takes from the shared channel [bytes].
     stream_ps: (n,) int64, least time of that stream, alone at a CU's cap [ps, rounded up].
-    compute_ps: (n,) int64, least time for its arithmetic and its activations [ps, rounded up].
+    compute_ps: (n,) int64, least time for its arithmetic, its activations and its weights' way there [ps, rounded up].
     overhead_ps: (n,) int64, the fixed part [ps, rounded up].
     send_ps: (n,) int64, its remote stores, which keep the worker busy [ps, rounded up].
     early: weights may stream before a task's inputs are ready.
@@ -65,12 +67,13 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
         stall_ps = np.where(jitter.stalls(bits, parameters.stall_threshold), machine.stall_ps, 0)
     flop_ns = _padded_flops(tasks, machine.matrix_tokens, machine.matrix_rows) / machine.cu_flops_per_ns
     io_ns = tasks["io_bytes"] / machine.cache_bytes_per_ns
+    feed_ns = tasks["weight_bytes"] / machine.feed_bytes_per_ns if machine.feed_bytes_per_ns > 0 else 0.0
     kind_overhead_ps = np.array([machine.overhead_ps(kind) for kind in KINDS], np.float64)
     stream_bytes = tasks["weight_bytes"] * bytes_factor
     return Costs(
         stream_bytes=stream_bytes,
         stream_ps=_ceil(stream_bytes / machine.cu_bytes_per_ns * 1000.0 / speeds),
-        compute_ps=_ceil(np.maximum(flop_ns, io_ns) * 1000.0 * slow),
+        compute_ps=_ceil(np.maximum(np.maximum(flop_ns, io_ns), feed_ns) * 1000.0 * slow),
         overhead_ps=_ceil(kind_overhead_ps[tasks["kind"]] * slow) + stall_ps,
         send_ps=_ceil(remote_bytes(table) / machine.store_bytes_per_ns * 1000.0),
         early=machine.prefetch,

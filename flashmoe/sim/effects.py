@@ -41,11 +41,19 @@ EFFECTS: dict[str, Effect] = {
     ),
     "launch_ramp": Effect(
         "A launch takes time, and workers start one after the other. Without: all start at once, at time zero.",
-        _set(launch_ps=0, launch_domain_ps=0, launch_step_ps=0),
+        _set(launch_ps=0, launch_domain_ps=0, launch_step_ps=0, prologue_ps=0),
     ),
     "ticket": Effect(
         "A ticket takes time, and a counter serves one worker at a time. Without: tickets are free.",
         _set(ticket_ps=0, ticket_far_ps=0, ticket_service_ps=0, ticket_far_service_ps=0),
+    ),
+    "first_given": Effect(
+        "The first tickets come with the launch. Without: workers ask for them, as for all others.",
+        _set(first_given=False),
+    ),
+    "ask_early": Effect(
+        "A worker takes its next pick a task ahead. Without: only when its stream has nothing more to do.",
+        _set(ask_early=False),
     ),
     "signal": Effect(
         "It takes a while until another worker of the PE sees a signal. Without: it sees it at once.",
@@ -58,6 +66,27 @@ EFFECTS: dict[str, Effect] = {
     "signal_distance": Effect(
         "Signals inside a domain are faster than those across. Without: all are as slow as those across.",
         lambda machine: replace(machine, signal_near_ps=machine.signal_ps),
+    ),
+    "release": Effect(
+        "A task's stores are made visible before it signals, one after the other. Without: they are at once.",
+        _set(release_ps=0),
+    ),
+    "release_load": Effect(
+        "Releases are slower beside memory traffic. Without: as on an idle memory.",
+        _set(release_load_factor=1.0),
+    ),
+    "finish_beside": Effect(
+        "Some warps end a task while others are at the next. Without: a worker does one thing after the other.",
+        _set(finish_beside=False),
+    ),
+    "words": Effect(
+        "With few tokens results travel as words that are their own signal, and every worker routes for itself. "
+        "Without: as with many tokens.",
+        _set(word_tokens=0),
+    ),
+    "plan": Effect(
+        "Every worker makes lists of its experts' tokens before it can run what follows. Without: it has them.",
+        _set(plan_ps=0, plan_token_ps=0),
     ),
     "link_latency": Effect(
         "A put takes a while to be seen by the other PE, beyond its bytes. Without: only its bytes take time.",
@@ -74,6 +103,10 @@ EFFECTS: dict[str, Effect] = {
     "activations": Effect(
         "A task reads its tokens' rows and writes what it makes, at a CU's rate from the cache. Without: for nothing.",
         _set(cache_bytes_per_ns=UNLIMITED),
+    ),
+    "feed": Effect(
+        "A CU takes time to move weights that have arrived into its products. Without: none.",
+        _set(feed_bytes_per_ns=0.0),
     ),
     "matrix_rate": Effect(
         "Arithmetic takes time. Without: tasks stream weights and activations, and the rest is free.",

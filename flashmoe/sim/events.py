@@ -35,9 +35,11 @@ class Events:
     of waiting.
     """
 
-    def __init__(self, env: simpy.Environment, target: list[int]) -> None:
+    def __init__(self, env: simpy.Environment, target: list[int], use_ps: dict[int, int] | None = None) -> None:
+        """use_ps: by event, what every worker, its maker too, has to do with it before it counts as seen [ps]."""
         self._env = env
         self.target = target
+        self._use_ps = use_ps or {}
         self.count = [0] * len(target)
         self._visibility = [_Visibility() for _ in target]
         self._waiters: dict[int, list[tuple[int, Callable[[], None]]]] = {}  # event -> (domain, what to call)
@@ -47,6 +49,8 @@ class Events:
         self.count[event] += 1
         if self.count[event] > self.target[event]:
             return  # a task that ran twice: the event was complete before
+        if (later_ps := self._use_ps.get(event, 0)) > 0:
+            worker, far_ps, near_ps = None, far_ps + later_ps, far_ps + later_ps
         seen = self._visibility[event]
         domain = -1 if worker is None else worker.domain
         if worker is None or worker is not seen.worker:

@@ -18,9 +18,10 @@ from flashmoe.sim import jitter
 class Parameters:
     """What is the same for every task of a run.
 
-    start_ps: (num_workers,) a worker's first instruction, from the launch [ps].
+    start_ps: (num_workers,) when a worker asks for its first pick, from the launch [ps].
     rates: (num_pes, n + 1) float64, rate of each of n streams of a PE [bytes/ps]; entry 0 is not used.
     far_ps, near_ps: (n + 1,) int64, a signal's way to another domain and within one, while n streams run [ps].
+    release_ps: (n + 1,) int64, what a release takes while n streams run [ps].
     speeds: (num_pes,) persistent speed factors.
     quantiles: (4096,) factors on a task's time, equally likely; all 1 without jitter.
     stall_threshold: see `jitter.stall_threshold`.
@@ -35,6 +36,7 @@ class Parameters:
     rates: NDArray[np.float64]
     far_ps: NDArray[np.int64]
     near_ps: NDArray[np.int64]
+    release_ps: NDArray[np.int64]
     quantiles: NDArray[np.float64]
     stall_threshold: int
 
@@ -42,6 +44,10 @@ class Parameters:
     def num_domains(self) -> int:
         """Domains in use: each has at least one worker."""
         return min(self.machine.num_domains, self.num_workers)
+
+    def plan_ps(self, num_tokens: int) -> int:
+        """What the lists of a layer of so many tokens, over all PEs, take [ps]."""
+        return self.machine.plan_ps + self.machine.plan_token_ps * num_tokens
 
     @property
     def jitters(self) -> bool:
@@ -75,6 +81,7 @@ def resolve(
     worker = np.arange(num_workers)
     start_ps = (
         machine.launch_ps
+        + machine.prologue_ps
         + worker % num_domains * machine.launch_domain_ps
         + worker // num_domains * machine.launch_step_ps
     )
@@ -82,7 +89,10 @@ def resolve(
     num_streams = num_workers * (num_pes if machine.num_cores > 0 else 1)
     nominal = _stream_rates(machine.hbm_bytes_per_ns, machine.cu_bytes_per_ns, machine.knee, num_streams)
     load = nominal * np.arange(num_streams + 1) / (machine.hbm_bytes_per_ns / 1000.0)
-    stretch = 1.0 + (machine.signal_load_factor - 1.0) * np.minimum(load, 1.0)
+
+    def under_load(idle_ps: int, factor: float) -> NDArray[np.int64]:
+        return np.rint(idle_ps * (1.0 + (factor - 1.0) * np.minimum(load, 1.0))).astype(np.int64)
+
     return Parameters(
         machine=machine,
         num_pes=num_pes,
@@ -91,8 +101,9 @@ def resolve(
         speeds=speeds,
         start_ps=start_ps.astype(np.int64),
         rates=nominal * speeds[:, None],
-        far_ps=np.rint(machine.signal_ps * stretch).astype(np.int64),
-        near_ps=np.rint(machine.signal_near_ps * stretch).astype(np.int64),
+        far_ps=under_load(machine.signal_ps, machine.signal_load_factor),
+        near_ps=under_load(machine.signal_near_ps, machine.signal_load_factor),
+        release_ps=under_load(machine.release_ps, machine.release_load_factor),
         quantiles=_quantiles(machine.jitter),
         stall_threshold=jitter.stall_threshold(machine.stall_probability) if machine.stall_ps > 0 else 0,
     )

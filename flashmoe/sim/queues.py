@@ -23,14 +23,22 @@ class TicketQueue:
     """One counter over the ranks of an order."""
 
     runs_ahead = True  # a worker may take its next pick while it runs a task
+    gives_first = True  # there are tickets that a launch may hand out
 
     def __init__(self, stage: Stage, order: Sequence[int]) -> None:
         self._order = order
         self._counter = Counter(stage.env)
         self._cost_ps = stage.shared_ticket_ps
+        # workers that have the first ticket to come: it is given with the launch, and counters begin after it
+        self._first = set(range(stage.pe.num_workers if stage.first_given and self.gives_first else 0))
+        self._counter.value = len(self._first)
 
     def ask(self, worker: Worker, got: Got) -> None:
         """Have the next pick for a worker looked up; the worker waits, or runs another task, until it has it."""
+        if worker.index in self._first:
+            self._first.remove(worker.index)
+            got(self._pick(worker.index))
+            return
         self._counter.add(*self._cost_ps).callbacks.append(lambda ticket: got(self._pick(ticket.value)))
 
     def launch(self, worker: Worker) -> simpy.Event | None:
@@ -58,9 +66,14 @@ class DomainQueue(TicketQueue):
         self._counters = [Counter(stage.env) for _ in range(stage.pe.num_domains)]
         self._near_ps, self._far_ps = stage.near_ticket_ps, stage.shared_ticket_ps
         self._is_away = [False] * stage.pe.num_workers  # whose own domain is exhausted
+        for worker in self._first:
+            self._counters[worker % stage.pe.num_domains].value += 1
 
     def ask(self, worker: Worker, got: Got) -> None:
-        if not self._is_away[worker.index]:
+        if worker.index in self._first:  # of its own domain: that number is its rank
+            self._first.remove(worker.index)
+            self._answer(worker, self._pick(worker.index), got)
+        elif not self._is_away[worker.index]:
             self._take(worker, worker.domain, self._near_ps, got)
         elif len(self._counters) == 1:
             got(None)
@@ -77,15 +90,16 @@ class DomainQueue(TicketQueue):
         got(None)
 
     def _take(self, worker: Worker, domain: int, cost_ps: tuple[int, int], got: Got) -> None:
-        def answer(ticket: Any) -> None:
-            pick = self._pick(self._rank(domain, ticket.value))
-            if pick is None:
-                self._is_away[worker.index] = True
-                self.ask(worker, got)
-            else:
-                got(pick)
+        self._counters[domain].add(*cost_ps).callbacks.append(
+            lambda ticket: self._answer(worker, self._pick(self._rank(domain, ticket.value)), got)
+        )
 
-        self._counters[domain].add(*cost_ps).callbacks.append(answer)
+    def _answer(self, worker: Worker, pick: int | None, got: Got) -> None:
+        if pick is None:
+            self._is_away[worker.index] = True
+            self.ask(worker, got)
+        else:
+            got(pick)
 
     def _rank(self, domain: int, ticket: int) -> int:
         return domain + len(self._counters) * ticket
@@ -112,6 +126,7 @@ class PushQueue(TicketQueue):
     appends the next group as soon as it is ready, strictly in sequence.
     """
 
+    gives_first = False  # a slot may be filled by whoever makes its pick ready
     runs_ahead = False  # the slot may not be filled yet, and often the running task is the one that will fill it
 
     def __init__(

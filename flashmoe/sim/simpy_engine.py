@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from flashmoe.policy import Policy
 from flashmoe.sim.bandwidth import CappedSharing
-from flashmoe.sim.costs import FIRST_KINDS, PLANNED_KINDS, task_costs
+from flashmoe.sim.costs import FINISHED_KINDS, FIRST_KINDS, PLANNED_KINDS, task_costs
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.events import Events
 from flashmoe.sim.parameters import Parameters
@@ -66,6 +66,8 @@ class Worker:
         self._sleep: simpy.Event | None = None  # what wakes this worker
         self._sleeps_for: Pick | str = "nothing"  # a pick's weights, "pick" or "inputs"
         self._core_since_ps = 0
+        # until then warps of this worker are at the ends of tasks before, and at their releases
+        self._finished_ps, self._released_ps = 0, 0
 
     def work(self) -> Steps:
         """Run the oldest pick that is ready; without one take another, if allowed; else wait for an input."""
@@ -106,6 +108,8 @@ class Worker:
 
     def _leave(self, stage: Stage) -> Steps:
         """On to the next layer, or the end. Nobody knows before the plan that there is nothing left to do."""
+        while (busy_ps := max(self._finished_ps, self._released_ps)) > self.env.now:
+            yield self.env.timeout(busy_ps - int(self.env.now))
         if stage.next is None:
             self._give_core()
             return
@@ -174,7 +178,8 @@ class Worker:
     def _fetch_ahead(self) -> None:
         """With the weights of a task there, its worker's stream is free: take the next pick while the task runs.
 
-        One pick, and only if nothing else is held: a CU has room for one task's weights beside those in use.
+        Or have it at hand by then, if the machine asks early. One pick, and only if nothing else is held: a CU has
+        room for one task's weights beside those in use.
         """
         if self._more and not self._asking and not self.held and self.stage.queue.runs_ahead:
             self._ask()
@@ -268,6 +273,8 @@ class Worker:
         layer, env, row = self.layer, self.env, pick.row
         start_ps = int(env.now)
         ready_ps = max((layer.events.seen_ps(event, self) for event in layer.inputs[row]), default=0)
+        if layer.early and self.pe.asks_early and following is None:
+            self._fetch_ahead()
         if layer.stream_bytes[row] > 0 and pick.loaded_ps is None:
             self._stream(pick)
             yield from self._wait(pick, with_core=True)
@@ -277,18 +284,48 @@ class Worker:
             self._fetch_ahead()
         loaded_ps = start_ps if pick.loaded_ps is None else pick.loaded_ps
         done_ps = max(int(env.now), start_ps + layer.compute_ps[row])
-        end_ps = done_ps + layer.after_ps[row]
-        if end_ps > env.now:
-            yield env.timeout(end_ps - int(env.now))
+        if layer.ends_beside[row] and self.stage.queue.runs_ahead:
+            if done_ps > env.now:
+                yield env.timeout(done_ps - int(env.now))
+            end_ps = max(done_ps, self._finished_ps) + self._after_ps(row)
+            self._finished_ps = end_ps
+        else:
+            end_ps = done_ps + self._after_ps(row)
+            if end_ps > env.now:
+                yield env.timeout(end_ps - int(env.now))
         layer.record(row, (self.index, ready_ps, pick.asked_ps, pick.ticket_ps, start_ps, loaded_ps, done_ps, end_ps))
-        appended = self.stage.queue.completed(self, self._signal(row))
-        if appended is not None:
+        if end_ps > env.now:
+            self._later(end_ps, self._tell, row)
+        elif self.stage.queue.runs_ahead:
+            self._tell(row)
+        elif (appended := self.stage.queue.completed(self, self._signal(row))) is not None:
             yield appended
         if self.pe.bookkeeping_ps > 0:
             yield env.timeout(self.pe.bookkeeping_ps)
         if self.pe.cores is not None and self.pe.cores.is_over(self._core_since_ps):
             self._give_core()
             yield from self._get_core()
+
+    def _after_ps(self, row: int) -> int:
+        """What follows a task's weights and arithmetic, if it begins now [ps]."""
+        # who pushes has to wait for its release: it appends what the signals have made ready
+        releases = self.layer.releases[row] and not self.stage.queue.runs_ahead
+        return self.layer.after_ps[row] + (self.pe.release_ps() if releases else 0)
+
+    def _tell(self, row: int) -> None:
+        """Signal the end of a task, where need be after a release: a worker makes one at a time, beside its tasks."""
+        if self.layer.releases[row]:
+            self._released_ps = max(int(self.env.now), self._released_ps) + self.pe.release_ps()
+            if self._released_ps > self.env.now:
+                self._later(self._released_ps, self._signal, row)
+                return
+        self._signal(row)
+
+    def _later(self, time_ps: int, call: Callable[[int], Any], row: int) -> None:
+        def now(_: simpy.Event) -> None:
+            call(row)
+
+        self.env.timeout(time_ps - int(self.env.now)).callbacks.append(now)
 
     def _signal(self, row: int) -> list[int]:
         """Send a finished task's signals; returns the events of this PE."""
@@ -298,7 +335,9 @@ class Worker:
         for event, num_bytes in layer.signals[row]:
             if layer.event_pe[event] == self.pe.index:
                 local.append(event)
-                layer.events.signal(event, self, far_ps, near_ps)
+                # with words every worker routes for itself, and has the routing as this one has it
+                is_own = event == self.stage.planned and layer.sends_words[self.pe.index]
+                layer.events.signal(event, self, now_ps if is_own else far_ps, now_ps if is_own else near_ps)
             else:
                 layer.put(self.pe.index, event, num_bytes)
         if not layer.signals[row] and self.stage.next is not None and not self.stage.next.is_launch:
@@ -320,6 +359,7 @@ class Stage:
         self.near_ticket_ps: tuple[int, int] = (machine.ticket_service_ps, machine.ticket_ps)
         far_ps = (machine.ticket_far_service_ps, machine.ticket_far_ps)
         self.shared_ticket_ps: tuple[int, int] = far_ps if pe.num_domains > 1 else self.near_ticket_ps
+        self.first_given: bool = machine.first_given
         self.launched: simpy.Event = pe.env.event()
         self._arrived = 0
 
@@ -351,8 +391,10 @@ class Pe:
         self.num_workers, self.num_domains = parameters.num_workers, parameters.num_domains
         self.start_ps: list[int] = parameters.start_ps.tolist()
         self.bookkeeping_ps = parameters.machine.gap_ps
+        self.asks_early = parameters.machine.ask_early
         self._far_ps: list[int] = parameters.far_ps.tolist()
         self._near_ps: list[int] = parameters.near_ps.tolist()
+        self._release_ps: list[int] = parameters.release_ps.tolist()
         self.stages: list[Stage] = []
         self.workers = [Worker(self, worker) for worker in range(self.num_workers)]
 
@@ -363,6 +405,10 @@ class Pe:
     def near_ps(self) -> int:
         """How long a signal released now takes within a domain [ps]."""
         return self._near_ps[self.channel.num_streams]
+
+    def release_ps(self) -> int:
+        """How long a release that begins now takes [ps]."""
+        return self._release_ps[self.channel.num_streams]
 
 
 class Layer:
@@ -382,6 +428,14 @@ class Layer:
         self.inputs: list[list[int]] = _split(table.wait_event.tolist(), table.wait_ptr)
         signals = list(zip(table.signal_event.tolist(), table.signal_bytes.tolist(), strict=True))
         self.signals: list[list[tuple[int, int]]] = _split(signals, table.signal_ptr)
+        machine, tasks = run.parameters.machine, table.tasks
+        is_finished = np.isin(tasks["kind"], FINISHED_KINDS)
+        self.ends_beside: list[bool] = (is_finished & machine.finish_beside).tolist()
+        is_route = tasks["kind"] == KINDS.index("route")
+        num_tokens = np.bincount(tasks["pe"][is_route], tasks["num_tokens"][is_route], table.num_pes)
+        self.sends_words: list[bool] = ((machine.word_tokens > 0) & (num_tokens <= machine.word_tokens)).tolist()
+        has_signals = np.diff(table.signal_ptr) > 0
+        self.releases: list[bool] = (is_finished & has_signals & ~np.array(self.sends_words)[tasks["pe"]]).tolist()
         self.event_pe: list[int] = table.event_pe.tolist() + list(range(table.num_pes))
         self.first_entry = len(table.event_pe)
         self.outputs = [0] * table.num_pes  # tasks that signal nothing: they write what the layer leaves
@@ -390,7 +444,9 @@ class Layer:
         before = run.layers[-1] if run.layers else None
         pipelined = before is not None and self.gap_ps is None
         entry_target = before.outputs if before is not None and pipelined else [0] * table.num_pes
-        self.events = Events(run.env, table.event_target.tolist() + entry_target)
+        plan_ps = run.parameters.plan_ps(int(num_tokens.sum()))
+        use_ps = dict.fromkeys(table.planned_event.tolist(), plan_ps)
+        self.events = Events(run.env, table.event_target.tolist() + entry_target, use_ps)
         if pipelined:
             for row, (pe, kind) in enumerate(zip(table.tasks["pe"].tolist(), self.kind, strict=True)):
                 if kind in FIRST_KINDS:

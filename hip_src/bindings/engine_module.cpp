@@ -41,6 +41,12 @@ Parameters make_parameters(const py::dict& given) {
   number("stall_threshold", p.stall_threshold);
   number("prefetch", p.prefetch);
   number("jitters", p.jitters);
+  number("finish_beside", p.finish_beside);
+  number("ask_early", p.ask_early);
+  number("first_given", p.first_given);
+  number("word_tokens", p.word_tokens);
+  number("plan_ps", p.plan_ps);
+  number("plan_token_ps", p.plan_token_ps);
   number("matrix_tokens", p.matrix_tokens);
   number("jitter_bytes", p.jitter_bytes);
   number("matrix_rows", p.matrix_rows);
@@ -48,6 +54,7 @@ Parameters make_parameters(const py::dict& given) {
   number("cu_bytes_per_ns", p.cu_bytes_per_ns);
   number("cu_flops_per_ns", p.cu_flops_per_ns);
   number("cache_bytes_per_ns", p.cache_bytes_per_ns);
+  number("feed_bytes_per_ns", p.feed_bytes_per_ns);
   number("store_bytes_per_ns", p.store_bytes_per_ns);
   number("link_bytes_per_ns", p.link_bytes_per_ns);
   number("port_bytes_per_ns", p.port_bytes_per_ns);
@@ -66,6 +73,7 @@ Parameters make_parameters(const py::dict& given) {
   p.rates = to_vector<double>(given["rates"]);
   p.far_ps = to_vector<i64>(given["far_ps"]);
   p.near_ps = to_vector<i64>(given["near_ps"]);
+  p.release_ps = to_vector<i64>(given["release_ps"]);
   p.quantiles = to_vector<double>(given["quantiles"]);
   return p;
 }
@@ -166,6 +174,7 @@ class ListedLayer : public LayerSource {
     g.event_target = event_target_;
     g.planned_event = planned_event_;
     g.outputs.assign(g.num_pes, 0);
+    g.tokens.assign(g.num_pes, 0);
     g.distinct_bytes.assign(g.num_pes, 0.0);
     std::vector<u32> waits;
     std::vector<SignalTo> signals;

@@ -2,7 +2,7 @@
  *
  * All functions that return int give 0, or an error whose text flashmoe_error() has. Pointers named *_device
  * are device memory. No function synchronises but those that say so; `stream` is a cudaStream_t or
- * hipStream_t. Field for field in flashmoe/hw/device.py. */
+ * hipStream_t. Field for field in flashmoe/hw/library.py. */
 #pragma once
 #include <stdint.h>
 
@@ -98,6 +98,11 @@ int flashmoe_routing(FlashmoeLayer* layer, uint32_t pe, int32_t* topk_idx, float
  * start_ns counts from *launch_ns, the moment that the first worker of any PE began. */
 int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* records, uint32_t* size,
                    uint32_t* drops);
+
+/* CUDA only. Asynchronous; may be captured. A kernel that only reads these bytes, a multiple of 16: what a
+ * layer's time is held against. flashmoe_read_name: what the variant does; NULL past the last one. */
+int flashmoe_read(const void* data_device, uint64_t bytes, uint32_t variant, void* stream);
+const char* flashmoe_read_name(uint32_t variant);
 
 /* Device memory without another library. */
 int flashmoe_malloc(void** pointer_device, uint64_t bytes);

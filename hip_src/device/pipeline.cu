@@ -11,68 +11,63 @@ namespace {
 using Kernel = void (*)(Params);
 struct Instance {
   Kernel kernel, traced;
-  u32 columns;
-  bool words;
-  u32 up_rows, down_rows, block_tokens;  // 0: any
+  u32 groups;  // of 8 tokens in a block
+  Mode mode;
   const char* name;
-
-  bool fits(const Tiling& t, bool few_tokens) const {
-    return words == few_tokens && (up_rows == 0 || up_rows == t.up_rows) &&
-           (down_rows == 0 || down_rows == t.down_rows) && (words || columns * 8 == t.block_tokens) &&
-           (block_tokens == 0 || block_tokens == t.block_tokens);
-  }
 };
-template <u32 columns, bool words, u32 up_rows = 0, u32 down_rows = 0, u32 block_tokens = 0>
+template <u32 groups, Mode mode>
 Instance instance(const char* name) {
-  return Instance{moe_layer<columns, words, false, up_rows, down_rows, block_tokens>,
-                  moe_layer<columns, words, true, up_rows, down_rows, block_tokens>,
-                  columns,
-                  words,
-                  up_rows,
-                  down_rows,
-                  block_tokens,
-                  name};
+  return Instance{moe_layer<groups, mode, false>, moe_layer<groups, mode, true>, groups, mode, name};
 }
-// The tilings that are worth it have instances of their own; the first that fits is taken.
+// The first that fits is taken.
 const Instance instances[] = {
-    instance<1, true, 8, 16, 8>("pipeline, tokens as columns, tuned"),
-    instance<1, true>("pipeline, tokens as columns"),
-    instance<1, false, 32, 32, 8>("pipeline, lists of 8, tuned"),
-    instance<1, false>("pipeline, lists of 8"),
-    instance<2, false, 32, 32, 16>("pipeline, lists of 16, tuned"),
-    instance<2, false>("pipeline, lists of 16"),
-    instance<3, false>("pipeline, lists of 24"),
+    instance<1, Mode::words>("pipeline, words"),
+    instance<2, Mode::rows>("pipeline, rows, blocks of 16"),
+    instance<4, Mode::rows>("pipeline, rows, blocks of 32"),
+    instance<2, Mode::tiles>("pipeline, tiles, blocks of 16"),
+    instance<4, Mode::tiles>("pipeline, tiles, blocks of 32"),
+    instance<8, Mode::tiles>("pipeline, tiles, blocks of 64"),
 };
+const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
+  const Mode mode = mode_of(tiling, num_tokens);
+  for (const Instance& i : instances)
+    if (i.mode == mode && (mode == Mode::words || tiling.block_tokens <= 8 * i.groups)) return i;
+  return instances[0];  // refused when the layer was made
+}
+
+//! More bytes in flight than the memory needs only queue in front of everything else.
+constexpr u32 ring_slots(Mode mode) { return mode == Mode::words ? 3 : 4; }
+
+u32 shared_bytes(const Tiling& tiling, u32 num_tokens) {
+  const Instance& chosen = instance_for(tiling, num_tokens);
+  return SharedLayout::of(tiling, num_tokens, ring_slots(chosen.mode), chosen.groups, chosen.mode).bytes;
+}
+constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
+
+Shape shape_on_one_pe() {
+  return Shape{d_model, d_ff, num_experts, top_k, 1, norm_topk ? 1u : 0u, DType::bf16};
+}
 
 struct Layer : FlashmoeLayer {
   Layout layout;
-  u32 max_shared_bytes;
-  DeviceMemory workspace, report, records, begin_ns;
-
-  const Instance& instance_for(u32 num_tokens) const {
-    for (const Instance& i : instances)
-      if (i.fits(tiling, num_tokens <= max_words_tokens)) return i;
-    return instances[0];  // refused when the layer was made
-  }
+  DeviceMemory workspace, report, records, logs;
 
   int create(const FlashmoeDevice& device) override {
     num_workers = config.num_workers == 0 ? device.num_cus : config.num_workers;
     if (num_workers > device.num_cus)
       return fail("%u workers (the card has %u SMs, and all workers must run at once)", num_workers,
                   device.num_cus);
-    max_shared_bytes = device.shared_bytes_per_wg;
-    const Shape shape{d_model, d_ff, num_experts, top_k, 1, norm_topk ? 1u : 0u, DType::bf16};
-    layout = Layout::of(shape, tiling, config.max_tokens, num_workers, config.num_domains);
+    layout = Layout::of(shape_on_one_pe(), tiling, config.max_tokens, num_workers, config.num_domains);
     if (workspace.allocate(layout.bytes, "workspace") ||
         report.allocate(sizeof(FaultReport), "fault report") ||
         records.allocate(u64{num_workers} * config.trace_capacity * sizeof(TraceRecord), "trace") ||
-        begin_ns.allocate(num_workers * sizeof(u64), "trace"))
+        logs.allocate(num_workers * sizeof(WorkerLog), "trace"))
       return 1;
     for (const Instance& i : instances) {
       for (Kernel kernel : {i.kernel, i.traced}) {
         if (check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(max_shared_bytes)),
+                                       static_cast<int>(most_shared_bytes)),
                   "shared memory"))
           return 1;
       }
@@ -81,14 +76,14 @@ struct Layer : FlashmoeLayer {
   }
 
   u64 workspace_bytes() const override { return workspace.bytes() + report.bytes() + records.bytes(); }
-  const char* kernel_name() const override { return instance_for(config.max_tokens).name; }
+  const char* kernel_name() const override { return instance_for(tiling, config.max_tokens).name; }
 
   int launch(const FlashmoeInput& input, Stream stream) override {
     const u32 num_tokens = input.num_tokens[0];
     if (num_tokens == 0) return 0;
-    const Instance& chosen = instance_for(num_tokens);
+    const Instance& chosen = instance_for(tiling, num_tokens);
     Params p{};
-    p.tiling = tiling;
+    p.cut = LogTiling::of(tiling);
     p.queue = static_cast<QueueKind>(config.queue);
     p.order = static_cast<Order>(config.order);
     p.layout = layout;
@@ -109,22 +104,16 @@ struct Layer : FlashmoeLayer {
     p.deadline_ns = config.deadline_ns;
     p.fault = fault();
     p.records = records.as<TraceRecord>();
-    p.begin_ns = begin_ns.as<u64>();
+    p.logs = logs.as<WorkerLog>();
     p.trace_capacity = config.trace_capacity;
-    // More bytes in flight than the memory needs only queue in front of everything else.
-    p.ring_slots = chosen.words ? 3 : 4;
-    const u32 shared_bytes =
-        SharedLayout::of(tiling, num_tokens, p.ring_slots, chosen.columns, chosen.words).bytes;
-    if (shared_bytes > max_shared_bytes)
-      return fail("%u tokens need %u bytes of shared memory (the card has %u)", num_tokens, shared_bytes,
-                  max_shared_bytes);
+    p.ring_slots = ring_slots(chosen.mode);
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(num_workers);
     launch.blockDim = dim3(num_threads);
-    launch.dynamicSmemBytes = shared_bytes;
+    launch.dynamicSmemBytes = shared_bytes(tiling, num_tokens);
     launch.stream = stream;
     launch.attrs = &overlap;
     launch.numAttrs = 1;
@@ -143,15 +132,17 @@ struct Layer : FlashmoeLayer {
 
   int trace(u32, u32 worker, TraceRecord* mine, u32* size, u32* drops) const override {
     const u32 capacity = config.trace_capacity;
-    std::vector<u64> begin(num_workers);
-    if (flashmoe_copy(begin.data(), begin_ns.as<>(), begin.size() * 8)) return 1;
-    u64 first = begin[0];
-    for (u64 b : begin) first = b < first ? b : first;
-    if (flashmoe_copy(mine, records.as<TraceRecord>() + u64{worker} * capacity,
+    std::vector<WorkerLog> log(num_workers);
+    if (flashmoe_copy(log.data(), logs.as<>(), log.size() * sizeof log[0]) ||
+        flashmoe_copy(mine, records.as<TraceRecord>() + u64{worker} * capacity,
                       u64{capacity} * sizeof(TraceRecord)))
       return 1;
-    *size = *drops = 0;
-    while (*size < capacity && mine[*size].start_ns >= begin[worker]) mine[(*size)++].start_ns -= first;
+    u64 first = log[0].begin_ns;
+    for (const WorkerLog& each : log) first = each.begin_ns < first ? each.begin_ns : first;
+    const u32 tasks = static_cast<u32>(log[worker].num_tasks);
+    *size = tasks < capacity ? tasks : capacity;
+    *drops = tasks - *size;
+    for (u32 i = 0; i < *size; ++i) mine[i].start_ns -= first;
     return 0;
   }
 };
@@ -163,12 +154,23 @@ int refuse(const FlashmoeConfig& c, const Tiling& t) {
   if (c.max_tokens > 1024) return fail("max_tokens=%u (accepted: 0..1024)", c.max_tokens);
   if (static_cast<QueueKind>(c.queue) == QueueKind::push)
     return fail("queue push (the pipelined kernel does ticket, domain, static and replay)");
-  if (t.granularity != Granularity::tile || t.down != Down::rows)
-    return fail("tiling (the pipelined kernel does granularity 'tile' with down 'rows')");
-  if (t.block_tokens != 8 && t.block_tokens != 16 && t.block_tokens != 24)
-    return fail("block_tokens=%u (the pipelined kernel does 8, 16 and 24)", t.block_tokens);
-  if (t.up_rows % 8 != 0) return fail("up_rows=%u (must be a multiple of 8)", t.up_rows);
-  if (t.down_rows % 16 != 0 || t.down_rows > 32) return fail("down_rows=%u (accepted: 16, 32)", t.down_rows);
+  if (t.granularity != Granularity::tile)
+    return fail("granularity 'token' (the pipelined kernel does 'tile')");
+  if (!LogTiling::fits(t)) return fail("tiling (the pipelined kernel does powers of two)");
+  if (t.up_rows < 8 || t.up_rows > 64) return fail("up_rows=%u (the pipelined kernel does 8..64)", t.up_rows);
+  if (t.down_rows < 16 || t.down_rows > 128)
+    return fail("down_rows=%u (the pipelined kernel does 16..128)", t.down_rows);
+  const u32 most_tokens = t.down == Down::rows ? 32 : 64;
+  if (t.block_tokens > most_tokens)
+    return fail("block_tokens=%u (the pipelined kernel does 1..%u)", t.block_tokens, most_tokens);
+  if (t.down == Down::rows && t.groups(shape_on_one_pe()) > 32)
+    return fail("experts_per_pick=%u (the pipelined kernel does up to 32 groups)", t.experts_per_pick);
+  for (u32 tokens : {c.max_tokens, c.max_tokens < max_words_tokens ? c.max_tokens : max_words_tokens}) {
+    const u32 bytes = shared_bytes(t, tokens);
+    if (bytes > most_shared_bytes)
+      return fail("%u tokens need %u bytes of shared memory (the pipelined kernel has %u)", tokens, bytes,
+                  most_shared_bytes);
+  }
   return 0;
 }
 

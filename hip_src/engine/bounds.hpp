@@ -23,6 +23,7 @@ class BoundsOf {
         distinct_(p.num_pes),
         stream_ps_(p.num_pes),
         rest_ps_(p.num_pes),
+        beside_ps_(p.num_pes),
         idle_ps_(p.num_pes),
         entry_ps_(p.num_pes),
         traffic_(u64{p.num_pes} * p.num_pes) {
@@ -49,14 +50,16 @@ class BoundsOf {
 
   Bounds result() const {
     const bool is_host = p_.num_cores > 0;
-    const double least_idle = *std::min_element(idle_ps_.begin(), idle_ps_.end());
+    // between its launches a PE of a host leaves memory and cores to the others
+    double least_idle = *std::min_element(idle_ps_.begin(), idle_ps_.end());
+    if (p_.num_pes > 1) least_idle = std::min(least_idle, launch_ps_);
     double hbm = 0, all = 0, busiest_links = 0;
     for (u32 pe = 0; pe < p_.num_pes; ++pe) {
       hbm = std::max(hbm, distinct_[pe] + idle_ps_[pe]);
       all += distinct_[pe];
     }
     double workers = 0;
-    for (const std::vector<double>* stage : {&stream_ps_, &rest_ps_}) {
+    for (const std::vector<double>* stage : {&stream_ps_, &rest_ps_, &beside_ps_}) {
       double total = 0;
       for (u32 pe = 0; pe < p_.num_pes; ++pe) {
         workers = std::max(workers, (*stage)[pe] / p_.num_workers + idle_ps_[pe]);
@@ -90,6 +93,13 @@ class BoundsOf {
   }
   static i64 after_ps(const TaskClass& c) { return c.cost.overhead_ps + c.before_jitter.send_ps; }
 
+  //! What ends beside the worker's next task.
+  i64 beside_ps(const TaskClass& c) const {
+    const bool is_beside = p_.finish_beside && c.kind >= static_cast<u32>(TaskKind::up) &&
+                           c.kind != static_cast<u32>(TaskKind::combine);
+    return is_beside ? after_ps(c) : 0;
+  }
+
   //! What a worker does one task after the other: with prefetch it streams for one while it runs another.
   void add_class(const LayerGraph& g, const TaskClass& c) {
     const u32 pe = pe_of(g, c.first_row);
@@ -100,8 +110,9 @@ class BoundsOf {
       stream_ps_[pe] += count * stream;
       rest_ps_[pe] += count * rest;
     } else {
-      rest_ps_[pe] += count * least;
+      rest_ps_[pe] += count * (least - static_cast<double>(beside_ps(c)));
     }
+    beside_ps_[pe] += count * static_cast<double>(beside_ps(c));
     if (g.chain_of(c.first_row) > 0) longest_ps_ = std::max(longest_ps_, least);
     for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
       const SignalTo& to = g.signals[s];
@@ -113,12 +124,14 @@ class BoundsOf {
   void add_chains(const LayerGraph& g) {
     for (u32 row = 0; row < g.chain.size();) {
       const u32 chain = g.chain[row], pe = pe_of(g, row);
-      double stream = 0, rest = 0;
+      double stream = 0, rest = 0, beside = 0;
       for (u32 i = row; i < row + chain; ++i) {
         stream += p_.prefetch ? static_cast<double>(stream_ps(g.of(i), pe)) : 0.0;
-        rest += p_.prefetch ? static_cast<double>(rest_ps(g.of(i))) : least_ps(g.of(i), pe);
+        beside += static_cast<double>(beside_ps(g.of(i)));
+        rest += p_.prefetch ? static_cast<double>(rest_ps(g.of(i)))
+                            : least_ps(g.of(i), pe) - static_cast<double>(beside_ps(g.of(i)));
       }
-      longest_ps_ = std::max(longest_ps_, std::max(stream, rest));
+      longest_ps_ = std::max({longest_ps_, stream, rest, beside});
       row += chain;
     }
   }
@@ -126,7 +139,7 @@ class BoundsOf {
   static u32 pe_of(const LayerGraph& g, u32 row) {
     return static_cast<u32>(std::upper_bound(g.first.begin(), g.first.end(), row) - g.first.begin()) - 1;
   }
-  static i64 rest_ps(const TaskClass& c) { return c.cost.compute_ps + after_ps(c); }
+  i64 rest_ps(const TaskClass& c) const { return c.cost.compute_ps + after_ps(c) - beside_ps(c); }
   double least_ps(const TaskClass& c, u32 pe) const {
     return static_cast<double>(std::max(stream_ps(c, pe), c.cost.compute_ps) + after_ps(c));
   }
@@ -136,6 +149,7 @@ class BoundsOf {
   void follow_dependences(const LayerGraph& g) {
     event_ps_.assign(g.event_target.size(), 0.0);
     end_ps_.assign(g.classes.size(), 0.0);
+    free_ps_.assign(g.classes.size(), 0.0);
     weights_ps_.assign(g.classes.size(), 0.0);
     std::vector<double> outputs_ps = entry_ps_, all_ps = entry_ps_;
     for (auto& numbers : by_kind_) numbers.clear();
@@ -166,7 +180,7 @@ class BoundsOf {
     const bool inside_chain = g.chain_of(row) == 0;
     const u32 before = inside_chain ? g.class_of[row - 1] : none;
     const bool is_planned = c.kind >= static_cast<u32>(TaskKind::up);
-    double start = inside_chain ? end_ps_[before] : (is_planned ? 0.0 : entry_ps_[pe]);
+    double start = inside_chain ? free_ps_[before] : (is_planned ? 0.0 : entry_ps_[pe]);
     for (u32 i = c.wait_begin; i < c.wait_end; ++i) start = std::max(start, event_ps_[g.waits[i]]);
     // with prefetch the next task of a chain streams as soon as the one before has its weights
     double from = start;
@@ -177,6 +191,7 @@ class BoundsOf {
     weights_ps_[number] = from + static_cast<double>(stream_ps(c, pe));
     end_ps_[number] = std::max(start + static_cast<double>(c.cost.compute_ps), weights_ps_[number]) +
                       static_cast<double>(after_ps(c));
+    free_ps_[number] = end_ps_[number] - static_cast<double>(beside_ps(c));
     const double slowest = p_.port_bytes_per_ns > 0 ? std::min(p_.port_bytes_per_ns, p_.link_bytes_per_ns)
                                                     : p_.link_bytes_per_ns;
     for (u32 s = c.signal_begin; s < c.signal_end; ++s) {
@@ -195,11 +210,11 @@ class BoundsOf {
   bool has_tasks_ = false;
   double launch_ps_ = 0, launches_ps_ = 0, longest_ps_ = 0, last_end_ps_ = 0;
   std::vector<double> distinct_;  // [num_pes] least time for the weights [ps]
-  std::vector<double> stream_ps_, rest_ps_;
+  std::vector<double> stream_ps_, rest_ps_, beside_ps_;
   std::vector<double> idle_ps_, entry_ps_;
   std::vector<double> traffic_;              // [source][destination] bytes
   std::array<std::vector<u32>, 7> by_kind_;  // classes
-  std::vector<double> event_ps_, end_ps_, weights_ps_;
+  std::vector<double> event_ps_, end_ps_, free_ps_, weights_ps_;
 };
 
 }  // namespace flashmoe::engine

@@ -1,5 +1,6 @@
 // What each task costs on a machine, before anybody shares anything; flashmoe/sim/costs.py does the same.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "flashmoe/work.hpp"
@@ -46,9 +47,10 @@ inline double evened_out(double weight_bytes, const Parameters& p) {
 inline ClassCost class_cost(const Amounts& a, const Parameters& p) {
   const double flop_ns = padded_flops(a, p) / p.cu_flops_per_ns;
   const double io_ns = static_cast<double>(a.io_bytes) / p.cache_bytes_per_ns;
-  return ClassCost{static_cast<double>(a.weight_bytes), std::max(flop_ns, io_ns) * 1000.0,
-                   p.overhead_ps[static_cast<u32>(a.kind)],
-                   evened_out(static_cast<double>(a.weight_bytes), p),
+  const auto bytes = static_cast<double>(a.weight_bytes);
+  const double feed_ns = p.feed_bytes_per_ns > 0 ? bytes / p.feed_bytes_per_ns : 0.0;
+  return ClassCost{bytes, std::max({flop_ns, io_ns, feed_ns}) * 1000.0,
+                   p.overhead_ps[static_cast<u32>(a.kind)], evened_out(bytes, p),
                    ceil_ps(static_cast<double>(a.remote_bytes) / p.store_bytes_per_ns * 1000.0)};
 }
 

@@ -56,6 +56,12 @@ class Engine : Workers {
       case What::launch:
         launch(low, who);
         break;
+      case What::finish:
+        tell(workers_[who], low);
+        break;
+      case What::release:
+        released(workers_[who], low);
+        break;
     }
   }
 

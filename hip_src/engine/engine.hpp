@@ -21,13 +21,16 @@ struct Record {
 struct TimeShares {
   i64 ticket = 0, inputs = 0, stream = 0, compute = 0, overhead = 0, send = 0;
 
-  //! since_ps: end of the worker's task before; send_ps: time of the remote stores.
+  //! since_ps: latest end of the worker's tasks before; what goes on beside this task until then is theirs.
+  //! send_ps: time of the remote stores.
   void add(const Record& task, i64 since_ps, i64 send_ps) {
+    const i64 start_ps = std::max(task.start_ps, since_ps), loaded_ps = std::max(task.loaded_ps, start_ps);
+    const i64 done_ps = std::max(task.done_ps, start_ps);
     ticket += std::max(i64{0}, task.ticket_ps - std::max(task.asked_ps, since_ps));
-    inputs += task.start_ps - std::max(task.ticket_ps, since_ps);
-    stream += std::max(i64{0}, task.loaded_ps - task.start_ps);
-    compute += task.done_ps - std::max(task.start_ps, task.loaded_ps);
-    const i64 after_ps = task.end_ps - task.done_ps;
+    inputs += start_ps - std::min(start_ps, std::max(task.ticket_ps, since_ps));
+    stream += loaded_ps - start_ps;
+    compute += done_ps - loaded_ps;
+    const i64 after_ps = std::max(task.end_ps, start_ps) - done_ps;
     send += std::min(after_ps, send_ps);
     overhead += after_ps - std::min(after_ps, send_ps);
   }

@@ -22,6 +22,8 @@ struct Environment {
   i64 far_ps(u32 pe) const { return p.far_ps[memory.num_streams(pe)]; }
   //! How long a signal released now takes within a domain.
   i64 near_ps(u32 pe) const { return p.near_ps[memory.num_streams(pe)]; }
+  //! How long a release that begins now takes.
+  i64 release_ps(u32 pe) const { return p.release_ps[memory.num_streams(pe)]; }
 
   const Parameters& p;
   const TicketCost near_ticket, shared_ticket;

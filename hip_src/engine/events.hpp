@@ -14,6 +14,7 @@ struct EventState {
   std::int32_t domain = -1;
   i64 far_ps = 0, near_ps = 0, own_ps = 0;
   i64 others_ps = 0, other_domains_ps = 0;
+  i64 use_ps = 0;  // what every worker, its maker too, has to do with it before it counts as seen
   u32 first_waiter = none, last_waiter = none;
 
   bool is_complete() const { return count >= target; }
@@ -108,12 +109,17 @@ class Events {
     events_.emplace_back().target = target;
     return size() - 1;
   }
+  void set_use(u32 event, i64 use_ps) { events_[event].use_ps = use_ps; }
   u32 size() const { return static_cast<u32>(events_.size()); }
   const EventState& operator[](u32 event) const { return events_[event]; }
 
   //! Adds one. maker: the worker, or nullptr: another PE. far_ps, near_ps: when others see it.
   void signal(u32 event, const Worker* maker, i64 far_ps, i64 near_ps) {
     EventState& e = events_[event];
+    if (e.use_ps > 0) {
+      maker = nullptr;
+      far_ps = near_ps = far_ps + e.use_ps;
+    }
     const bool completed = maker != nullptr
                                ? e.add(maker->number, maker->domain, clock_.now(), far_ps, near_ps)
                                : e.add(none, -1, clock_.now(), far_ps, near_ps);

@@ -9,6 +9,10 @@ namespace flashmoe::engine {
 namespace {  // internal linkage: with all callers in sight, what is called once is inlined
 
 inline bool is_planned_kind(u32 kind) { return kind >= static_cast<u32>(TaskKind::up); }
+//! Of these, what follows the arithmetic may be done by warps of its own, with a release.
+inline bool is_finished_kind(u32 kind) {
+  return is_planned_kind(kind) && kind != static_cast<u32>(TaskKind::combine);
+}
 inline bool is_first_kind(u32 kind) { return kind <= static_cast<u32>(TaskKind::dispatch); }
 
 class HeldPicks {

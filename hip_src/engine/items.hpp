@@ -14,7 +14,9 @@ enum class What : u32 {
   give,      // sees what another worker wrote into its slot: row
   land,      // domain + 1, or 0 for everybody, sees an event: layer, event
   ingress,   // a message has reached its destination's port
-  launch     // a PE launches a layer: layer
+  launch,    // a PE launches a layer: layer
+  finish,    // has ended a task beside others: row
+  release    // has made a task's stores visible: row
 };
 
 //! Two values of 32 bits travel as one of 64.

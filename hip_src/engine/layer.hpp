@@ -16,7 +16,9 @@ struct Stage {
   std::vector<Counter> heads;  // of the queue: one, or one a domain
   // [worker] picks taken (static, replay); whether its own domain is exhausted (domain)
   std::vector<u32> turn;
-  std::vector<u32> launched;  // workers that have ended the layer before
+  std::vector<std::uint8_t> has_first;  // [worker] has had the ticket that is given with the launch
+  bool sends_words = false;             // results are their own signal
+  std::vector<u32> launched;            // workers that have ended the layer before
   std::unique_ptr<PushQueue> push;
 };
 
@@ -89,12 +91,20 @@ class Layers {
     const LayerGraph& g = l.graph;
     l.is_pipelined = is_pipelined(number);
     for (u32 target : g.event_target) l.events.add(target);
+    i64 plan_ps = env_.p.plan_ps;
+    for (u32 count : g.tokens) plan_ps += env_.p.plan_token_ps * count;
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
       Stage stage;
       stage.planned = g.planned_event[pe];
+      stage.sends_words = env_.p.word_tokens > 0 && g.tokens[pe] <= env_.p.word_tokens;
+      l.events.set_use(stage.planned, plan_ps);
       stage.entry = l.events.add(l.is_pipelined ? (*this)[number - 1].graph.outputs[pe] : 0);
       stage.heads.resize(config_.queue == QueueKind::domain ? env_.p.num_domains : 1);
       stage.turn.assign(env_.p.num_workers, 0);
+      const bool gives_first = env_.p.first_given && config_.queue != QueueKind::push;
+      stage.has_first.assign(env_.p.num_workers, gives_first ? 0 : 1);
+      for (u32 worker = 0; gives_first && worker < env_.p.num_workers; ++worker)
+        ++stage.heads[worker % stage.heads.size()].value;
       if (config_.queue != QueueKind::replay) stage.num_picks = static_cast<u32>(g.picks.by_rank[pe].size());
       l.stages.push_back(std::move(stage));
     }

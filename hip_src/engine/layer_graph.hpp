@@ -21,6 +21,7 @@ struct TaskClass {
   ClassCost before_jitter;
   Cost cost;
   u32 kind;
+  u32 num_tokens;
   u32 wait_begin, wait_end;      // in LayerGraph::waits
   u32 signal_begin, signal_end;  // in LayerGraph::signals
   u64 weight_bytes, link_bytes;  // of one task
@@ -46,6 +47,7 @@ struct LayerGraph {
   std::vector<u32> event_target;
   std::vector<u32> planned_event;  // [num_pes]
   std::vector<u32> outputs;        // [num_pes] tasks that signal nothing: they write what the layer leaves
+  std::vector<u32> tokens;         // [num_pes] that are routed there
   std::vector<double> distinct_bytes;  // [num_pes] weights that are read at least once
   Picks picks;
 
@@ -58,6 +60,7 @@ struct LayerGraph {
                 const Parameters& p) {
     TaskClass c{};
     c.kind = static_cast<u32>(amounts.kind);
+    c.num_tokens = amounts.num_tokens;
     c.wait_begin = static_cast<u32>(waits.size());
     waits.insert(waits.end(), wait.begin(), wait.end());
     c.wait_end = static_cast<u32>(waits.size());
@@ -80,6 +83,7 @@ struct LayerGraph {
     if (c.count == 0) c.first_row = num_tasks();
     c.count += count;
     outputs[pe] += c.signal_begin == c.signal_end ? count : 0;
+    if (c.kind == static_cast<u32>(TaskKind::route)) tokens[pe] += count * c.num_tokens;
     class_of.insert(class_of.end(), count, number);
   }
 };
@@ -123,6 +127,7 @@ class GraphBuilder {
     graph_.by_rows = g.by_rows();
     graph_.first_id.push_back(g.first_task());
     graph_.outputs.push_back(0);
+    graph_.tokens.push_back(0);
     if (g.gate_inside) {
       for (u32 block = 0; block < g.num_route(); ++block)
         add_tiles(g, block * g.tiling.gate_tiles(g.shape), g.tiling.gate_tiles(g.shape));

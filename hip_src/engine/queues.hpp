@@ -38,12 +38,18 @@ class Queues {
         return turn < list.size() ? list[turn++] : none;
       }
       case QueueKind::domain:
+        if (const u32 row = first(w); row != later) {
+          if (row != none) return row;
+          turn = 1;
+        }
         if (turn == 0) return take(w, static_cast<u32>(w.domain), env_.near_ticket);
         if (env_.p.num_domains == 1) return none;
         env_.clock.at(env_.now() + env_.shared_ticket.service_ps + env_.shared_ticket.latency_ps,
                       item(What::look, w.number));
         return later;
       case QueueKind::ticket:
+        if (const u32 row = first(w); row != later) return row;
+        [[fallthrough]];
       case QueueKind::push:
         return take(w, 0, env_.shared_ticket);
     }
@@ -76,6 +82,14 @@ class Queues {
 
  private:
   static Stage& stage_of(const Worker& w) { return w.layer->stages[w.pe]; }
+
+  //! What was given with the launch, of the worker's own domain: its number is the rank. later: it has it.
+  static u32 first(const Worker& w) {
+    Stage& stage = stage_of(w);
+    if (stage.has_first[w.index] != 0) return later;
+    stage.has_first[w.index] = 1;
+    return w.index < stage.num_picks ? w.layer->graph.picks.by_rank[w.pe][w.index] : none;
+  }
 
   //! Domain d owns ranks d, d + D, ...
   u64 rank(u32 head, u32 ticket) const {

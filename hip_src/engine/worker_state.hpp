@@ -64,7 +64,8 @@ struct alignas(64) Worker {
   std::uint8_t streams[max_picks]{};
   u32 chain_end = 0, waits_for_slot = none, used_picks = 0;
   Layer* layer = nullptr;
-  i64 start_ps = 0, asked_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0, last_end_ps = 0;
+  i64 start_ps = 0, asked_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0;
+  i64 last_end_ps = 0;  // may be ahead: until then warps of this worker are at the end of tasks before
 
   void remove_held(u32 place) {
     for (u32 i = place; i + 1 < num_held; ++i) held[i] = held[i + 1];

@@ -19,7 +19,8 @@ class Workers {
         layers_(env_, config, result_),
         queues_(env_, config.queue),
         picks_(env_, config),
-        workers_(u64{p.num_pes} * p.num_workers) {
+        workers_(u64{p.num_pes} * p.num_workers),
+        released_ps_(workers_.size()) {
     for (u32 i = 0; i < workers_.size(); ++i) {
       Worker& w = workers_[i];
       w.number = i;
@@ -198,6 +199,10 @@ class Workers {
   bool leave(Worker& w) {
     Layer& l = *w.layer;
     const u32 next = l.number + 1, planned = l.stages[w.pe].planned;
+    if (const i64 busy_ps = std::max(w.last_end_ps, released_ps_[w.number]); busy_ps > env_.now()) {
+      env_.clock.at(busy_ps, item(What::resume, w.number));
+      return false;
+    }
     if (next == layers_.size()) {
       env_.cores.release();
       w.step = Step::done;
@@ -293,6 +298,7 @@ class Workers {
   }
 
   //! With the weights of a task there, its worker's stream is free: takes the next pick while the task runs.
+  //! Or has it at hand by then, if the machine asks early.
   void fetch_ahead(Worker& w) {
     if (w.more && !w.asking && w.num_held == 0 && queues_.runs_ahead()) ask(w);
   }
@@ -310,6 +316,7 @@ class Workers {
       w.ready_ps = std::max(w.ready_ps, l.events.seen_ps(l.graph.waits[i], w));
     if (l.is_pipelined && is_first_kind(c.kind))
       w.ready_ps = std::max(w.ready_ps, l.events.seen_ps(l.stages[w.pe].entry, w));
+    if (env_.p.prefetch && env_.p.ask_early && pick.row + 1 >= w.chain_end) fetch_ahead(w);
     if (pick.loaded_ps >= 0 || c.cost.stream_bytes <= 0) return true;
     picks_.stream(w, w.current);
     w.awaited = w.current;
@@ -331,11 +338,24 @@ class Workers {
     const TaskClass& c = w.layer->graph.of(pick.row);
     const Cost cost = picks_.cost(w, pick, c);
     w.done_ps = std::max(env_.now(), w.start_ps + cost.compute_ps);
-    const i64 end_ps = w.done_ps + cost.overhead_ps + c.before_jitter.send_ps;
-    if (end_ps == env_.now()) return true;
+    const i64 then_ps = w.done_ps + (ends_beside(c) ? 0 : after_ps(w, c, cost));
+    if (then_ps == env_.now()) return true;
     w.step = Step::end;
-    env_.clock.at(end_ps, item(What::resume, w.number));
+    env_.clock.at(then_ps, item(What::resume, w.number));
     return false;
+  }
+
+  bool ends_beside(const TaskClass& c) const {
+    return env_.p.finish_beside && is_finished_kind(c.kind) && queues_.runs_ahead();
+  }
+  static bool releases(const Worker& w, const TaskClass& c) {
+    return is_finished_kind(c.kind) && c.signal_begin != c.signal_end && !w.layer->stages[w.pe].sends_words;
+  }
+  //! What follows a task's weights and arithmetic, if it begins now.
+  i64 after_ps(const Worker& w, const TaskClass& c, const Cost& cost) const {
+    // who pushes has to wait for its release: it appends what the signals have made ready
+    const i64 release_ps = releases(w, c) && !queues_.runs_ahead() ? env_.release_ps(w.pe) : 0;
+    return cost.overhead_ps + c.before_jitter.send_ps + release_ps;
   }
 
   //! Returns whether the worker goes on at once.
@@ -343,19 +363,48 @@ class Workers {
     Layer& l = *w.layer;
     const Pick& pick = picks_.of(w, w.current);
     const TaskClass& c = l.graph.of(pick.row);
-    record(w, l, pick, c);
+    i64 end_ps = env_.now();
+    if (ends_beside(c)) end_ps = std::max(end_ps, w.last_end_ps) + after_ps(w, c, picks_.cost(w, pick, c));
+    record(w, l, pick, c, end_ps);
+    if (end_ps > env_.now()) {
+      env_.clock.at(end_ps, item(What::finish, w.number, pick.row));
+      return true;
+    }
+    if (queues_.runs_ahead()) {
+      tell(w, pick.row);
+      return true;
+    }
     signal(w, l, c);
     if (!queues_.completed(w, c)) return true;
     w.step = Step::bookkeep;
     return false;
   }
 
+  //! Signals the end of a task, where need be after a release: a worker makes one at a time, beside its
+  //! tasks.
+  void tell(const Worker& w, u32 row) {
+    const TaskClass& c = w.layer->graph.of(row);
+    if (releases(w, c)) {
+      i64& released_ps = released_ps_[w.number];
+      released_ps = std::max(env_.now(), released_ps) + env_.release_ps(w.pe);
+      if (released_ps > env_.now()) {
+        env_.clock.at(released_ps, item(What::release, w.number, row));
+        return;
+      }
+    }
+    signal(w, *w.layer, c);
+  }
+  void released(const Worker& w, u32 row) { signal(w, *w.layer, w.layer->graph.of(row)); }
+
   void signal(const Worker& w, Layer& l, const TaskClass& c) {
     const i64 far_ps = env_.now() + env_.far_ps(w.pe), near_ps = env_.now() + env_.near_ps(w.pe);
     for (u32 i = c.signal_begin; i < c.signal_end; ++i) {
       const SignalTo& to = l.graph.signals[i];
       if (to.pe == w.pe) {
-        l.events.signal(to.event, &w, far_ps, near_ps);
+        // with words every worker routes for itself, and has the routing as this one has it
+        const Stage& stage = l.stages[w.pe];
+        const bool is_own = to.event == stage.planned && stage.sends_words;
+        l.events.signal(to.event, &w, is_own ? env_.now() : far_ps, is_own ? env_.now() : near_ps);
       } else {
         put(l, w.pe, to);
       }
@@ -372,12 +421,12 @@ class Workers {
     if (seen_ps != never) l.events.signal(to.event, nullptr, seen_ps, seen_ps);
   }
 
-  void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c) {
+  void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c, i64 end_ps) {
     const i64 loaded_ps = pick.loaded_ps < 0 ? w.start_ps : pick.loaded_ps;
     const Record task{w.index,    w.ready_ps, pick.asked_ps, pick.ticket_ps,
-                      w.start_ps, loaded_ps,  w.done_ps,     env_.now()};
+                      w.start_ps, loaded_ps,  w.done_ps,     end_ps};
     result_.time.add(task, w.last_end_ps, c.before_jitter.send_ps);
-    w.last_end_ps = task.end_ps;
+    w.last_end_ps = std::max(w.last_end_ps, end_ps);
     l.record(pick.row, task);
     if (++total_done_ % progress_step == 0 && config_.progress) config_.progress(total_done_);
   }
@@ -404,6 +453,7 @@ class Workers {
   Queues queues_;
   HeldPicks picks_;
   std::vector<Worker> workers_;
+  std::vector<i64> released_ps_;  // [worker] until then it is at the releases of tasks before
 
  private:
   static constexpr u64 progress_step = 1 << 16;  // tasks between two calls of progress

@@ -7,7 +7,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cards import BACKENDS, launch, make_layer
+from cards import BACKENDS, MODEL, launch, make_layer
 from layers import (
     BUILT_IN_POLICIES,
     assert_right,
@@ -34,9 +34,6 @@ from flashmoe.weights import Weights
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
-
-# rows of odd numbers of the instruction's tiles; 8 PEs have two experts each
-MODEL = MoEModel(d_model=320, d_ff=192, num_experts=16, top_k=4, name="card")
 TILINGS = {
     "tile": Tiling(),
     "small": Tiling(
@@ -131,10 +128,10 @@ def test_bits_by_tile_do_not_depend_on_the_number_of_pes(make, given_routing):
 @pytest.mark.parametrize("kernel", ["general", "pipeline"])
 def test_fresh_inputs_on_one_workspace(make, kernel):
     """Numbers of tokens on both sides of every limit, one after the other: nothing is left from the launch before."""
-    layer = make(max_tokens=300, kernel=kernel, tiling=TILINGS["groups"])
+    layer = make(max_tokens=200, kernel=kernel, tiling=TILINGS["groups"])
     rng = np.random.default_rng(4)
-    for seed in range(200):
-        counts = [int(rng.choice([0, 1, 2, 7, 8, 9, 16, 17, 31, 64, 100, 256, 300]))]
+    for seed in range(100):
+        counts = [int(rng.choice([0, 1, 2, 7, 8, 9, 16, 17, 31, 64, 100, 200]))]
         x = tokens(MODEL, counts, seed)
         skew, dropped = float(rng.choice([0, 1, 30])), float(rng.choice([0, 0.3]))
         result = launch(layer, x, skewed_routing(MODEL, counts, seed, skew, dropped) if seed % 2 else None)
@@ -273,7 +270,7 @@ def test_the_trace_has_every_task_once_after_its_inputs(make, backend, policy, t
 
 
 def test_a_trace_spans_no_more_than_the_launch(make):
-    layer = make()
+    layer = make(policy="tuned")
     x = torch.randn(40, MODEL.d_model, device="cuda").bfloat16()
     out, begin, end = torch.empty_like(x), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(5):
@@ -348,7 +345,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(backend, changes, argume
 
 def test_one_shot_runs_give_the_same(make, backend):
     x = tokens(MODEL, [9, 4])
-    result = fm.run(MODEL, weights_of(MODEL), x, backend=backend)
+    result = fm.run(MODEL, weights_of(MODEL), x, backend=backend, policy="ticket")
     assert relative_error(result.outputs, expected(MODEL, x, result.routing)) < 1e-2
     layer = make(ep_size=2, max_tokens=9)
     assert bits(launch(layer, x).outputs) == bits(result.outputs)

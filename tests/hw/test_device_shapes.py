@@ -8,7 +8,10 @@ import pytest
 from cards import BACKENDS, launch
 from layers import ERROR, skewed_routing
 from qwen import make_block, torch
+from typer.testing import CliRunner
 
+import flashmoe as fm
+from flashmoe.cli import app
 from flashmoe.hw.build import build_library
 from flashmoe.hw.device import DeviceLayer
 from flashmoe.hw.library import TARGETS
@@ -114,3 +117,20 @@ def test_every_shape_and_number_of_tokens_agrees_with_transformers(backend, shap
             wanted = from_transformers(block, together, result.routing)
             error = relative_error(np.concatenate(result.outputs), wanted)
             assert error < ERROR["bf16"], f"{counts} tokens, {'gate' if routing is None else 'given'}: {error}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_simulated_schedule_runs_on_the_card_from_the_command_line(backend, tmp_path, monkeypatch):
+    build_all(backend)
+    monkeypatch.chdir(tmp_path)
+    for line in (
+        f"run --backend {backend} --tokens 8 --save-routing routing.npz --out gate.npz",
+        "simulate --machine h200 --routing routing.npz --policy expert_lpt --out plan.npz",
+        f"run --backend {backend} --replay plan.npz --out run.npz",
+        "compare plan.npz run.npz",
+    ):
+        done = CliRunner().invoke(app, line.split())
+        assert done.exit_code == 0, done.output
+    plan, measured = (fm.Trace.load(f"{name}.npz") for name in ("plan", "run"))
+    np.testing.assert_array_equal(measured.records["worker"], plan.records["worker"])
+    assert fm.Trace.load("gate.npz").header["policy"] == "tuned"

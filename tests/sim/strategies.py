@@ -24,8 +24,9 @@ RATES = st.sampled_from([1.0, 2.0, 4.0, 10.0, 3.7, 1e30])
 
 # of a machine, but for signal_ps and the fixed parts
 OTHER_TIMES = [
-    *("launch_ps", "launch_domain_ps", "launch_step_ps", "ticket_ps", "ticket_far_ps", "ticket_service_ps"),
-    *("ticket_far_service_ps", "signal_near_ps", "put_ps", "link_message_ps", "gap_ps", "slice_ps", "stall_ps"),
+    *("launch_ps", "launch_domain_ps", "launch_step_ps", "prologue_ps", "ticket_ps", "ticket_far_ps"),
+    *("ticket_service_ps", "ticket_far_service_ps", "signal_near_ps", "release_ps", "plan_ps", "put_ps"),
+    *("link_message_ps", "gap_ps", "slice_ps", "stall_ps"),
 ]
 
 
@@ -48,6 +49,13 @@ def machines(draw: st.DrawFn) -> Machine:
         **values,
         signal_ps=values["signal_near_ps"] + draw(TIMES),
         signal_load_factor=draw(st.sampled_from([1.0, 1.0, 3.0, 2.3])),
+        release_load_factor=draw(st.sampled_from([1.0, 1.0, 3.0, 2.3])),
+        finish_beside=not is_host and draw(st.booleans()),
+        ask_early=draw(st.booleans()),
+        first_given=draw(st.booleans()),
+        feed_bytes_per_ns=draw(st.sampled_from([0.0, 0.0, 1.0, 3.7])),
+        word_tokens=draw(st.sampled_from([0, 0, 2, 8])),
+        plan_token_ps=draw(st.sampled_from([0, 0, 100, 333])),
         port_bytes_per_ns=draw(st.sampled_from([0.0, 0.0, 1.0, 2.0, 5.3])),
         matrix_tokens=draw(st.sampled_from([1, 1, 4, 16])),
         matrix_rows=draw(st.sampled_from([1, 1, 8, 16])),

@@ -161,6 +161,18 @@ FLASHMOE_FN void pause() { __nanosleep(20); }
 template <Scope scope>
 constexpr int hip_scope = scope == Scope::device ? __HIP_MEMORY_SCOPE_AGENT : __HIP_MEMORY_SCOPE_SYSTEM;
 
+//! Before several stores that publish the same writes: one fence, then relaxed stores. Of this wave's writes.
+template <Scope scope>
+FLASHMOE_FN void release_fence() {
+  if constexpr (scope == Scope::device)
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
+  else
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "");
+  // vmcnt(0), for the write-back of L2 itself: LLVM before 23 leaves this wait out where it knows of no store
+  // of this wave that is under way (llvm-project#178316)
+  __builtin_amdgcn_s_waitcnt(0x0F70);
+}
+
 template <Scope scope, class T>
 FLASHMOE_FN T load_relaxed(const T* address) {
   return __hip_atomic_load(address, __ATOMIC_RELAXED, hip_scope<scope>);
@@ -175,7 +187,8 @@ FLASHMOE_FN void store_relaxed(T* address, T value) {
 }
 template <Scope scope, class T>
 FLASHMOE_FN void store_release(T* address, T value) {
-  __hip_atomic_store(address, value, __ATOMIC_RELEASE, hip_scope<scope>);
+  release_fence<scope>();
+  store_relaxed<scope>(address, value);
 }
 template <Scope scope, class T>
 FLASHMOE_FN T fetch_add_relaxed(T* address, T value) {
@@ -183,21 +196,13 @@ FLASHMOE_FN T fetch_add_relaxed(T* address, T value) {
 }
 template <Scope scope, class T>
 FLASHMOE_FN T fetch_add_acq_rel(T* address, T value) {
-  return __hip_atomic_fetch_add(address, value, __ATOMIC_ACQ_REL, hip_scope<scope>);
+  release_fence<scope>();
+  return __hip_atomic_fetch_add(address, value, __ATOMIC_ACQUIRE, hip_scope<scope>);
 }
 template <Scope scope, class T>
 FLASHMOE_FN bool compare_swap_acquire(T* address, T expected, T desired) {
   return __hip_atomic_compare_exchange_strong(address, &expected, desired, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED,
                                               hip_scope<scope>);
-}
-//! Before several stores that publish the same writes: one fence, then relaxed stores.
-template <Scope scope>
-FLASHMOE_FN void release_fence() {
-  if constexpr (scope == Scope::device) {
-    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
-  } else {
-    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "");
-  }
 }
 template <Scope scope, class T>
 FLASHMOE_FN void store_after_fence(T* address, T value) {

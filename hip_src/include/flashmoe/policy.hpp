@@ -86,6 +86,12 @@ struct PickOrder {
     return num_early() + graph.num_up() + num_down_picks() + graph.num_combine();
   }
 
+  //! Groups of experts (down="rows") with a token; needs the plan.
+  FLASHMOE_FN u32 num_active_groups() const {
+    u32 active = 0;
+    for (u32 group = 0; group < graph.tiling.groups(graph.shape); ++group) active += is_active(group) ? 1 : 0;
+    return active;
+  }
   //! `rank` < size(); needs the plan from num_early() on.
   FLASHMOE_FN u32 operator[](u32 rank) const {
     if (rank < num_early()) return graph.first_task() + rank;
@@ -125,11 +131,6 @@ struct PickOrder {
   FLASHMOE_FN u32 tile_id(u32 first, u32 place, u32 per_block, u32 index) const {
     return first + graph.plan.block_offset[graph.plan.sequence[place]] * per_block + index;
   }
-  FLASHMOE_FN u32 num_active_groups() const {
-    u32 active = 0;
-    for (u32 group = 0; group < graph.tiling.groups(graph.shape); ++group) active += is_active(group) ? 1 : 0;
-    return active;
-  }
   FLASHMOE_FN bool is_active(u32 group) const {
     return graph.group_begin(group) < graph.group_begin(group + 1);
   }
@@ -145,19 +146,26 @@ struct PickOrder {
   }
 };
 
-//! Rank -> first task of the pick, for a worker that takes ranks one after the other: sizes are worked out
-//! once, and the expert is looked for from where the last pick's was. Needs the plan.
+//! Rank -> first task of the pick, for a worker that takes ranks one after the other: what does not depend on
+//! the plan is worked out before it is there, and the expert is looked for from where the last pick's was.
 class PickDecoder {
  public:
   FLASHMOE_FN explicit PickDecoder(const PickOrder& order)
       : order_(order),
         graph_(order.graph),
         early_(order.num_early()),
-        size_(order.size()),
         first_up_(order.graph.first_up()),
         up_(order.graph.up_per_block()),
-        num_up_(order.graph.num_up()) {}
+        down_(order.graph.by_rows() ? order.graph.tiling.down_tiles(order.graph.shape)
+                                    : order.graph.down_per_block()),
+        combine_(order.graph.num_combine()) {}
 
+  //! The plan is there.
+  FLASHMOE_FN void count() {
+    num_up_ = graph_.plan.num_blocks() * up_;
+    size_ = early_ + num_up_ +
+            down_ * (graph_.by_rows() ? order_.num_active_groups() : graph_.plan.num_blocks()) + combine_;
+  }
   FLASHMOE_FN u32 size() const { return size_; }
 
   //! As graph.decode(order[rank]).
@@ -177,8 +185,8 @@ class PickDecoder {
  private:
   const PickOrder& order_;
   const TaskGraph& graph_;
-  u32 early_, size_, first_up_, up_, num_up_;
-  u32 place_ = 0;
+  u32 early_, first_up_, up_, down_, combine_;
+  u32 num_up_ = 0, size_ = 0, place_ = 0;
 };
 
 }  // namespace flashmoe

@@ -14,18 +14,27 @@ FLASHMOE_FN u32 domains_in_use(u32 num_domains, u32 num_workers) {
 }
 FLASHMOE_FN u32 home_domain(u32 worker, u32 domains) { return worker % domains; }
 
+//! When the first tickets are handed out: as they are asked for, or with the launch, to worker after worker,
+//! which spares each a trip to the counter (where all workers surely run).
+enum class FirstTickets : u32 { asked_for = 0, given = 1 };
+
 //! `ticket`, `domain` and `stride`: ranks of the policy's order. The number of picks may still be unknown
 //! (none).
 class RankSource {
  public:
-  FLASHMOE_FN RankSource(QueueKind kind, char* heads, u32 worker, u32 num_workers, u32 num_domains)
+  FLASHMOE_FN RankSource(QueueKind kind, char* heads, u32 worker, u32 num_workers, u32 num_domains,
+                         FirstTickets first = FirstTickets::asked_for)
       : kind_(kind),
+        first_(first),
         heads_(heads),
         worker_(worker),
         num_workers_(num_workers),
-        domains_(domains_in_use(num_domains, num_workers)),
+        domains_(kind == QueueKind::domain ? domains_in_use(num_domains, num_workers) : 1),
         home_(home_domain(worker, domains_)),
         domain_(home_) {}
+
+  //! Where the counters lie, if that was not known at first; the tickets that are given do not need them.
+  FLASHMOE_FN void bind(char* heads) { heads_ = heads; }
 
   //! The next rank for this worker, or none when all its sources are exhausted. While num_picks is unknown
   //! the rank may turn out to be past the end: ask again then.
@@ -57,20 +66,29 @@ class RankSource {
     for (u32 step = 1; step < domains_; ++step) {
       const u32 domain = (home_ + step) % domains_;
       // relaxed: an old value costs one ticket more
-      if (domain + domains_ * load_relaxed<Scope::device>(head(domain)) < num_picks) return domain;
+      if (domain + domains_ * (given(domain) + load_relaxed<Scope::device>(head(domain))) < num_picks)
+        return domain;
     }
     return none;
   }
   FLASHMOE_FN u32* head(u32 domain) const { return reinterpret_cast<u32*>(heads_ + domain * line_bytes); }
-  // relaxed: a ticket orders nothing, the inputs of the task are acquired when they are waited for
-  FLASHMOE_FN u32 take(u32 domain) const { return fetch_add_relaxed<Scope::device>(head(domain), 1u); }
+  //! Tickets of a domain that are given with the launch: one to each of its workers.
+  FLASHMOE_FN u32 given(u32 domain) const {
+    return first_ == FirstTickets::asked_for ? 0 : (num_workers_ - domain + domains_ - 1) / domains_;
+  }
+  FLASHMOE_FN u32 take(u32 domain) {
+    if (first_ == FirstTickets::given && turn_++ == 0) return worker_ / domains_;
+    // relaxed: a ticket orders nothing, the inputs of the task are acquired when they are waited for
+    return given(domain) + fetch_add_relaxed<Scope::device>(head(domain), 1u);
+  }
   FLASHMOE_FN static u32 within(u32 rank, u32 num_picks) { return rank < num_picks ? rank : none; }
 
   QueueKind kind_;
+  FirstTickets first_;
   char* heads_;
   u32 worker_, num_workers_, domains_;
   u32 home_, domain_;  // the worker's own, and where it takes picks now (none: all are exhausted)
-  u32 turn_ = 0;       // stride: picks taken so far
+  u32 turn_ = 0;       // stride, and where first tickets are given: picks taken so far
 };
 
 //! `push`: slots in memory; whoever makes a task ready publishes it, a worker waits for its ticket's slot.

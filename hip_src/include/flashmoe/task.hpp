@@ -44,8 +44,10 @@ enum class EventKind : u32 {
   result = 4,   // [result word] a set of results has landed at the tokens' owner
 };
 constexpr u32 num_event_kinds = 5;
-constexpr EventKind push_slot{
-    num_event_kinds};  // only in reports: a slot of the push queue that nobody fills
+// only in reports:
+constexpr EventKind push_slot{num_event_kinds};  // a slot of the push queue that nobody fills
+constexpr EventKind warp_barrier{num_event_kinds +
+                                 1};  // a barrier within a work-group (index: its byte offset)
 
 struct Event {
   EventKind kind;

@@ -97,7 +97,7 @@ FLASHMOE_DEVICE void add_in_group(u32* shared, u32 value) {
 }
 //! release: writes this wave's stores back past L2. The leader's release after the barrier waits for its own
 //! wave's stores alone.
-FLASHMOE_DEVICE void release_wave() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, ""); }
+FLASHMOE_DEVICE void release_wave() { release_fence<Scope::system>(); }
 //! acquire: this wave's loads come after the leader's acquire, which it met at a barrier, and find no old
 //! lines in L1 and L2.
 FLASHMOE_DEVICE void acquire_wave() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, ""); }

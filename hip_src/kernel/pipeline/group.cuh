@@ -1,26 +1,38 @@
 // One work-group: what its warps share, how they wait for each other and for other work-groups, and how they
 // give up.
 #pragma once
+#include "flashmoe/queue.hpp"
 #include "launch.cuh"
 #include "sm90.cuh"
 
 namespace flashmoe::pipeline {
 
 enum class ItemKind : u32 { task, plan, end };
+constexpr u32 starts_chain = 1, ends_chain = 2;
 
-//! A task on its way from the picking thread to the others; the math warps add the times.
+//! A task on its way from the picking thread to the others; they add the times.
 struct Item {
   ItemKind kind;
   TaskKind task_kind;
   u32 id, expert, tile, block, first, num_tokens;
-  u32 row_tiles;    // 16 rows each
-  u32 chain_first;  // down: place of the chain's first expert among the active ones
-  u32 chain_end;
-  u32 passes;  // down: times that the weights are read
+  u32 row_tiles;  // 16 rows each
+  u32 passes;     // times that the weights are read, each for a block of the tokens
+  u32 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
+  u32 present;    // words: bit t: token t has this expert
+  u32 ready_delta,
+      turn_delta;  // since the ticket: inputs seen complete; the math warps have come to the task
   u64 ticket_ns;
-  u32 ready_delta, start_delta;  // since the ticket
+
+  //! When the worker began: it was free, and the inputs were there.
+  __device__ __forceinline__ u32 start_delta() const {
+    return ready_delta > turn_delta ? ready_delta : turn_delta;
+  }
 };
 static_assert(sizeof(Item) == sizeof_item);
+
+__device__ __forceinline__ u32 delta(u64 from_ns, u64 to_ns) {
+  return to_ns > from_ns ? static_cast<u32>(to_ns - from_ns) : 0u;
+}
 
 //! Named barriers of the hardware; 0 is __syncthreads.
 constexpr u32 math_barrier = 1, finish_barrier = 2;
@@ -44,8 +56,8 @@ struct Group {
   SharedLayout at;
   u32 worker;
   u32 epoch;
-  Counters counters;
 
+  __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch % 2]; }
   template <class T>
   __device__ __forceinline__ T* in_shared(u32 offset) const {
     return reinterpret_cast<T*>(shared + offset);
@@ -59,41 +71,72 @@ struct Group {
   __device__ __forceinline__ u32 barrier(u32 index) const {
     return sm90::shared_address(shared + at.barriers) + 8 * index;
   }
-  __device__ __forceinline__ u32 slot_full(u32 slot) const { return barrier(slot); }
-  __device__ __forceinline__ u32 slot_free(u32 slot) const { return barrier(params.ring_slots + slot); }
-  __device__ __forceinline__ u32 item_full(u32 item) const { return barrier(2 * params.ring_slots + item); }
+  __device__ __forceinline__ u32 weights_full(u32 slot) const { return barrier(slot); }
+  __device__ __forceinline__ u32 tokens_full(u32 slot) const { return barrier(params.ring_slots + slot); }
+  __device__ __forceinline__ u32 slot_free(u32 slot) const { return barrier(2 * params.ring_slots + slot); }
+  __device__ __forceinline__ u32 item_full(u32 item) const { return barrier(3 * params.ring_slots + item); }
   __device__ __forceinline__ u32 item_free(u32 item) const {
-    return barrier(2 * params.ring_slots + num_items + item);
+    return barrier(3 * params.ring_slots + num_items + item);
   }
-  //! The streaming thread has come to the item.
+  //! The streaming warp has come to the item.
   __device__ __forceinline__ u32 item_begun(u32 item) const {
-    return barrier(2 * params.ring_slots + 2 * num_items + item);
+    return barrier(3 * params.ring_slots + 2 * num_items + item);
+  }
+  //! The finish warps have stored all that the item makes.
+  __device__ __forceinline__ u32 item_stored(u32 item) const {
+    return barrier(3 * params.ring_slots + 3 * num_items + item);
   }
   __device__ __forceinline__ u32 partial_full(u32 buffer) const {
-    return barrier(2 * params.ring_slots + 3 * num_items + buffer);
+    return barrier(3 * params.ring_slots + 4 * num_items + buffer);
   }
   __device__ __forceinline__ u32 partial_free(u32 buffer) const {
-    return barrier(2 * params.ring_slots + 3 * num_items + 2 + buffer);
+    return barrier(3 * params.ring_slots + 4 * num_items + 2 + buffer);
   }
   __device__ __forceinline__ u32 planned() const {
-    return barrier(2 * params.ring_slots + 3 * num_items + 4);
+    return barrier(3 * params.ring_slots + 4 * num_items + 4);
   }
+  template <Mode mode>
   __device__ void init_barriers() const {
+    using R = Roles<mode>;
     for (u32 i = 0; i < params.ring_slots; ++i) {
-      sm90::barrier_init(slot_full(i), 1);
+      sm90::barrier_init(weights_full(i), 1);
+      sm90::barrier_init(tokens_full(i), 32);  // the lanes of a loading warp
       sm90::barrier_init(slot_free(i), math_warps);
     }
     for (u32 i = 0; i < num_items; ++i) {
       sm90::barrier_init(item_full(i), 1);
-      sm90::barrier_init(item_free(i), math_warps + finish_warps + 1);
+      sm90::barrier_init(item_free(i), math_warps + R::finish_warps + R::load_warps + R::signal_warps + 1);
       sm90::barrier_init(item_begun(i), 1);
+      sm90::barrier_init(item_stored(i), R::finish_warps);
     }
     for (u32 i = 0; i < 2; ++i) {
       sm90::barrier_init(partial_full(i), math_warps);
-      sm90::barrier_init(partial_free(i), finish_warps);
+      sm90::barrier_init(partial_free(i), R::finish_warps);
     }
-    sm90::barrier_init(planned(), math_warps);
+    sm90::barrier_init(planned(), 1);
     sm90::barriers_initialised();
+  }
+  __device__ __forceinline__ const Item& item(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
+  __device__ __forceinline__ Item& item(u32 slot) { return in_shared<Item>(at.items)[slot]; }
+  __device__ __forceinline__ u32 weights_of(u32 slot) const {
+    return sm90::shared_address(shared + at.ring) + slot * at.slot_bytes;
+  }
+  __device__ __forceinline__ u32 tokens_of(u32 slot) const { return weights_of(slot) + weight_bytes; }
+
+  // --- the trace
+  __device__ void keep_record(const Item& item, u32 index, u64 end_ns) const {
+    if (index >= params.trace_capacity) return;  // counted as dropped
+    const u64 start_ns = item.ticket_ns + item.start_delta();
+    params.records[u64{worker} * params.trace_capacity + index] = TraceRecord{
+        start_ns,
+        delta(start_ns, end_ns),
+        item.id,
+        item.start_delta(),
+        item.start_delta() - item.ready_delta,
+        static_cast<u16>(worker),
+        0xffff,
+        static_cast<u16>(home_domain(worker, domains_in_use(params.num_domains, params.num_workers))),
+        0};
   }
 
   // --- giving up: one thread reports, the others see `stopped` and leave
@@ -121,12 +164,22 @@ struct Group {
   }
   //! Waits for other warps. Once the work-group gives up, every wait is over: the warps run on to their next
   //! look at `stopped`, on garbage that nobody will read. So no wait has a result, and the loops of products
-  //! no branches.
+  //! no branches. Who waits for another work-group has a deadline and reports it; the limit here (a second or
+  //! more) is for what should not happen, and told at the end of the kernel.
   __device__ __forceinline__ void wait(u32 barrier_address, u32 parity) const {
     u32 turns = 0;
     while (!sm90::phase_is_over(barrier_address, parity)) {
-      if ((++turns & 63u) == 0 && stopped()) break;
+      if ((++turns & 63u) != 0) continue;
+      if (stopped()) break;
+      if (turns >> 26 == 0) continue;
+      stop_flag()[1] = barrier_address;
+      *stop_flag() = 1;
     }
+  }
+  //! By one thread, when all have left.
+  __device__ __forceinline__ void tell_stuck() const {
+    const u32 stuck = stop_flag()[1];
+    if (stuck != 0) give_up(none, warp_barrier, stuck - barrier(0), 0, 1, 0);
   }
 };
 

@@ -1,5 +1,6 @@
 // What the pipelined kernel is told, and where its state lies. One PE, bf16, the shape fixed at compile time.
 #pragma once
+#include "built_shape.hpp"
 #include "flashmoe/fault.hpp"
 #include "flashmoe/layout.hpp"
 #include "flashmoe/policy.hpp"
@@ -7,31 +8,103 @@
 
 namespace flashmoe::pipeline {
 
-// the shape that this library was built for
-constexpr u32 d_model = FLASHMOE_D_MODEL, d_ff = FLASHMOE_D_FF, num_experts = FLASHMOE_NUM_EXPERTS,
-              top_k = FLASHMOE_TOP_K;
-constexpr bool norm_topk = FLASHMOE_NORM_TOPK != 0;
+using namespace built;  // the shape that this library was built for
 
-// --- the work-group: 8 warps multiply, 2 finish tiles, a thread takes picks, and a thread streams weights
-constexpr u32 math_warps = 8, finish_warps = 2, pick_warp = math_warps + finish_warps,
-              stream_warp = pick_warp + 1;
-constexpr u32 num_threads = 32 * (stream_warp + 1);
-constexpr u32 math_threads = 32 * math_warps, finish_threads = 32 * finish_warps;
+//! How rows and results travel, by what the tokens are few or many enough for.
+enum class Mode : u32 {
+  words,  // at most 8 tokens, down by rows: hidden rows as words that carry their epoch, one sum over all
+          // experts
+  rows,   // down by rows: an expert's rows added to sums in shared memory
+  tiles,  // down by tile: results in memory, then combine
+};
+constexpr u32 max_words_tokens = 8;
 
-// --- weights: chunks of 16 rows x 32 k; chunk c of a row tile belongs to warp c % 8
-constexpr u32 chunk_bytes = 1024, unit_bytes = math_warps * chunk_bytes;
-constexpr u32 up_units = (d_model / 32 + math_warps - 1) / math_warps;  // chunks of a warp in an up row tile
-constexpr u32 down_units = (d_ff / 32 + math_warps - 1) / math_warps;
-constexpr u32 slot_units = 3, slot_bytes = slot_units * unit_bytes;
-constexpr u32 up_tile_bytes = 16 * d_model * 2, down_tile_bytes = 16 * d_ff * 2;
+FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
+  if (t.down == Down::tile) return Mode::tiles;
+  return num_tokens <= max_words_tokens ? Mode::words : Mode::rows;
+}
 
-constexpr u32 max_words_tokens = 8;  // up to here tokens are columns, and hidden rows travel as tagged words
+// --- the work-group: 16 warps. 8 multiply, one takes picks, one streams weights; the others by mode: words
+// are polled, which takes many loads at once; where rows are many, their stores and the fences after them
+// take time.
+constexpr u32 math_warps = 8, num_threads = 512, math_threads = 32 * math_warps;
+template <Mode mode>
+struct Roles {
+  static constexpr u32 finish_warps = 2, load_warps = mode == Mode::words ? 4 : 3,
+                       signal_warps = mode == Mode::words ? 0 : 1;
+  static constexpr u32 finish_threads = 32 * finish_warps;
+  static constexpr u32 pick = math_warps + finish_warps, stream = pick + 1, load = stream + 1,
+                       signal = load + load_warps;
+  static_assert(32 * (signal + signal_warps) == num_threads);
+};
+
+// --- the ring. Weights come in chunks of 16 rows x 32 k. A slot holds the same k of all row tiles of a task,
+// 3 chunks for each math warp, and the tokens' elements of that k.
+constexpr u32 warp_chunks = 3, slot_chunks = warp_chunks * math_warps,
+              weight_bytes = slot_chunks * chunk_bytes;
+
+//! How a slot is shared out when a task has so many row tiles: a warp has one of them, and a part of k.
+struct Split {
+  u32 log_tiles;  // row tiles, rounded up to 1, 2, 4 or 8
+
+  FLASHMOE_FN explicit Split(u32 row_tiles)
+      : log_tiles(row_tiles > 4   ? 3
+                  : row_tiles > 2 ? 2
+                  : row_tiles > 1 ? 1
+                                  : 0) {}
+  FLASHMOE_FN u32 tiles() const { return 1u << log_tiles; }
+  FLASHMOE_FN u32 parts() const { return math_warps >> log_tiles; }
+  FLASHMOE_FN u32 tile_chunks() const { return slot_chunks >> log_tiles; }  // of a row tile in a slot
+  FLASHMOE_FN u32 slot_k() const { return tile_chunks() * chunk_k; }
+  FLASHMOE_FN u32 num_slots(u32 k) const { return ceil_div(k, slot_k()); }
+  //! Bytes from token to token in a slot: 64 more than a multiple of 128, so that the 8 lanes that the shared
+  //! memory serves at once (2 tokens, 64 bytes of each) find 8 different groups of banks.
+  FLASHMOE_FN u32 pitch_bytes() const {
+    const u32 bytes = slot_k() * 2;
+    return bytes % 128 == 0 ? bytes + 64 : bytes;
+  }
+};
+
 constexpr u32 logit_replicas = 8;
 constexpr u32 sizeof_item = 64;
 constexpr u32 num_items = 8;  // tasks between the picking thread and the others
 
+//! A tiling of powers of two, as their logarithms: what is divided by them is shifted.
+struct LogTiling {
+  u32 gate_tokens, gate_experts, up_rows, down_rows, block_tokens, combine_tokens;
+  u32 experts_per_pick;
+  Down down;
+
+  static u32 log(u32 value) {
+    u32 result = 0;
+    while (value >> (result + 1) != 0) ++result;
+    return result;
+  }
+  static bool is_power(u32 value) { return value != 0 && (value & (value - 1)) == 0; }
+  static bool fits(const Tiling& t) {
+    return is_power(t.gate_tokens) && is_power(t.gate_experts) && is_power(t.up_rows) &&
+           is_power(t.down_rows) && is_power(t.block_tokens) && is_power(t.combine_tokens);
+  }
+  static LogTiling of(const Tiling& t) {
+    return LogTiling{log(t.gate_tokens),  log(t.gate_experts),   log(t.up_rows),     log(t.down_rows),
+                     log(t.block_tokens), log(t.combine_tokens), t.experts_per_pick, t.down};
+  }
+  FLASHMOE_FN Tiling tiling() const {
+    return Tiling{Granularity::tile,
+                  down,
+                  1u << gate_tokens,
+                  1u << gate_experts,
+                  1u,
+                  1u << up_rows,
+                  1u << down_rows,
+                  1u << block_tokens,
+                  experts_per_pick,
+                  1u << combine_tokens};
+  }
+};
+
 struct Counters {
-  u64 heads, upped, done;  // tickets by domain; [max_blocks] finish warps that are done; [groups] down picks
+  u64 heads, upped, done;  // tickets by domain; [max_blocks] up tasks; [groups] or [experts] down tasks
   u64 begin, end;
 };
 
@@ -42,7 +115,7 @@ struct Layout {
   u64 routing;           // tagged words [token][k]
   u64 topk_idx, topk_weights;
   u64 hidden;   // bf16 [token][k][d_ff], or tagged words of two
-  u64 results;  // bf16 [token][group][d_model]
+  u64 results;  // bf16 [token][group or k][d_model]
   u64 bytes;
 
   static Layout of(const Shape& s, const Tiling& t, u32 max_tokens, u32 num_workers, u32 num_domains) {
@@ -52,7 +125,7 @@ struct Layout {
     for (Counters& c : w.counters) {
       c.begin = c.heads = carver.take(num_domains * line_bytes);
       c.upped = carver.take(u64{limits.max_blocks} * 4);
-      c.done = carver.take(u64{t.groups(s)} * 4);
+      c.done = carver.take(u64{s.num_experts} * 4);
       c.end = carver.size();
     }
     const u64 pairs = u64{max_tokens} * s.top_k;
@@ -62,14 +135,20 @@ struct Layout {
     w.topk_idx = carver.take(pairs * 4);
     w.topk_weights = carver.take(pairs * 4);
     w.hidden = carver.take(pairs * s.d_ff * 4);
-    w.results = carver.take(u64{max_tokens} * t.groups(s) * s.d_model * 2);
+    w.results = carver.take(u64{max_tokens} * t.result_slots(s) * s.d_model * 2);
     w.bytes = carver.size();
     return w;
   }
 };
 
+//! Of a worker, with the trace on.
+struct WorkerLog {
+  u64 begin_ns;   // when it began
+  u64 num_tasks;  // records, the dropped ones included
+};
+
 struct Params {
-  Tiling tiling;
+  LogTiling cut;
   QueueKind queue;
   Order order;
   Layout layout;
@@ -85,41 +164,48 @@ struct Params {
   u64 deadline_ns;
   FaultReport* fault;
   TraceRecord* records;  // [num_workers][trace_capacity]
-  u64* begin_ns;         // [num_workers] when each began
+  WorkerLog* logs;       // [num_workers]
   u32 trace_capacity;
 };
 
 //! What lies where in shared memory, from its start.
 struct SharedLayout {
-  u32 ring, partial, sums, topk, weights, mask, entries, columns, plan, key, items, barriers, scratch, bytes;
+  u32 ring, slot_bytes, partial, sums, weights, entries, plan, items, barriers, scratch;
+  u32 topk, mask, before, key;  // while the plan is made; in the ring, which is empty then
+  u32 bytes;
 
-  //! `columns`: most groups of 8 tokens in a task; `words`: tokens are columns.
-  FLASHMOE_FN static SharedLayout of(const Tiling& t, u32 num_tokens, u32 ring_slots, u32 columns,
-                                     bool words) {
+  //! `groups`: most groups of 8 tokens in a block.
+  FLASHMOE_FN static SharedLayout of(const Tiling& t, u32 num_tokens, u32 ring_slots, u32 groups, Mode mode) {
     SharedLayout l{};
     u32 size = 0;
     auto take = [&](u32 bytes) {
       const u32 begin = size;
-      size += (bytes + 15) / 16 * 16;
+      size += (bytes + 127) / 128 * 128;
       return begin;
     };
     const u32 pairs = num_tokens * top_k;
-    l.ring = take(ring_slots * slot_bytes);
-    l.partial = take(2 * math_warps * columns * 512);
-    l.sums = take(words ? 0 : num_tokens * t.down_rows * 4);
+    const u32 up_pitch = Split(t.up_rows / 8).pitch_bytes(),
+              down_pitch = Split(t.down_rows / 16).pitch_bytes();
+    l.slot_bytes = weight_bytes + 8 * groups * (up_pitch > down_pitch ? up_pitch : down_pitch);
+    l.slot_bytes = (l.slot_bytes + 127) / 128 * 128;
     l.topk = take(pairs * 2);
-    l.weights = take(pairs * 4);
-    l.mask = take(num_experts * ceil_div(num_tokens + 1, 32) * 4);
-    l.entries = take(pairs * 2);
-    l.columns = take(words ? num_experts * max_words_tokens * 2 : 0);
-    l.plan = take(7 * (num_experts + 1) * 4);
+    l.mask = take(num_experts * mask_words(num_tokens) * 4);
+    l.before = take(num_experts * mask_words(num_tokens) * 2);
     l.key = take(num_experts * 4);
+    size = size < ring_slots * l.slot_bytes ? ring_slots * l.slot_bytes : size;
+    l.partial = take(num_partials(groups) * math_warps * groups * 512);
+    l.sums = take(mode == Mode::rows ? num_tokens * t.down_rows * 4 : 0);
+    l.weights = take(mode == Mode::tiles ? 0 : pairs * 4);
+    l.entries = take(pairs * 2);
+    l.plan = take(6 * (num_experts + 1) * 4);
     l.items = take(num_items * sizeof_item);
-    l.barriers = take((2 * ring_slots + 3 * num_items + 4 + 1) * 8);
+    l.barriers = take((3 * ring_slots + 4 * num_items + 4 + 1) * 8);
     l.scratch = take(256);
     l.bytes = size;
     return l;
   }
+  FLASHMOE_FN static constexpr u32 num_partials(u32 groups) { return groups > 4 ? 1 : 2; }
+  FLASHMOE_FN static u32 mask_words(u32 num_tokens) { return ceil_div(num_tokens + 1, 32); }
 };
 
 }  // namespace flashmoe::pipeline

@@ -1,16 +1,16 @@
-// Gate, top-k and the plan: each work-group makes its own copy of the plan in shared memory, all of them
-// equal.
+// Gate, top-k and the plan: each work-group makes its own copy of the plan in
+// shared memory, all of them equal.
 #pragma once
 #include "flashmoe/policy.hpp"
 #include "group.cuh"
 
 namespace flashmoe::pipeline {
 
-constexpr u32 math_lane_experts =
-    (num_experts + 31) / 32;         // experts of a lane where a warp looks at all of them
-constexpr u32 not_routed = 0xffffu;  // of a dropped slot
+constexpr u32 lane_experts = (num_experts + 31) / 32;  // experts of a lane where a warp looks at all of them
+constexpr u32 not_routed = 0xffffu;                    // of a dropped slot
 
-//! A routing word: 22 bits of the epoch and the expert above, the weight's bits below.
+//! A routing word: 22 bits of the epoch and the expert above, the weight's bits
+//! below.
 __device__ __forceinline__ u64 routing_word(u32 epoch, u32 expert, float weight) {
   return u64{epoch << 10 | expert} << 32 | __float_as_uint(weight);
 }
@@ -20,30 +20,41 @@ __device__ __forceinline__ bool is_of(u32 epoch, u64 routing_word) {
 
 struct Planner {
   const Group& group;
+  const Tiling& tiling;
   u32 thread, warp, lane;
 
-  __device__ __forceinline__ explicit Planner(const Group& of) : group(of) {
+  __device__ __forceinline__ Planner(const Group& of, const Tiling& cut) : group(of), tiling(cut) {
     thread = threadIdx.x;
     warp = thread / 32;
     lane = thread % 32;
   }
   __device__ __forceinline__ u32 num_tokens() const { return group.params.num_tokens; }
+  __device__ __forceinline__ u32 mask_words() const { return SharedLayout::mask_words(num_tokens()); }
+  __device__ __forceinline__ static void meet() { sm90::named_barrier<math_barrier, math_threads>(); }
 
-  //! Router logits of a block of tokens for a tile of experts, published as words that carry the epoch.
-  template <bool Words>
-  __device__ void gate(const Item& item) const {
-    const u32 first_expert = item.tile * group.params.tiling.gate_experts;
-    const u32 rest = num_experts - first_expert;
-    const u32 experts = rest < group.params.tiling.gate_experts ? rest : group.params.tiling.gate_experts;
-    if (experts == 16 && item.num_tokens <= 8) {
-      gate_by_mma(item, first_expert);
-    } else {
-      gate_by_dots<Words>(item, first_expert, experts);
-    }
+  //! Before the first task.
+  __device__ __forceinline__ void clear() const {
+    u32* mask = group.in_shared<u32>(group.at.mask);
+    for (u32 i = thread; i < num_experts * mask_words(); i += math_threads) mask[i] = 0;
+  }
+
+  //! Router logits of a block of tokens for a tile of experts, published as
+  //! words that carry the epoch.
+  template <Mode mode>
+  __device__ void gate(const Task& task) const {
+    const u32 first_expert = task.tile * tiling.gate_experts;
+    const u32 rest = num_experts - first_expert,
+              experts = rest < tiling.gate_experts ? rest : tiling.gate_experts;
+    if (experts != 16 || mode == Mode::words) return gate_by_dots<mode>(task, first_expert, experts);
+    u32 first = 0;
+    for (; first + 8 < task.num_tokens; first += 16)
+      gate_by_mma<2>(task.first + first, task.num_tokens - first, first_expert);
+    if (first < task.num_tokens) gate_by_mma<1>(task.first + first, task.num_tokens - first, first_expert);
   }
 
   __device__ __forceinline__ void publish_logit(u32 token, u32 expert, float logit, u32 replica) const {
-    // rounded to the layer's dtype, as a linear layer of a bf16 model does: it decides near-ties
+    // rounded to the layer's dtype, as a linear layer of a bf16 model does: it
+    // decides near-ties
     const float rounded = __bfloat162float(__float2bfloat16(logit));
     u64* words = group.in_workspace<u64>(group.params.layout.logits);
     // relaxed: the word is the data, and the epoch in it says that it is there
@@ -51,18 +62,18 @@ struct Planner {
                                  u64{group.epoch} << 32 | __float_as_uint(rounded));
   }
 
-  template <bool Words>
-  __device__ void gate_by_dots(const Item& item, u32 first_expert, u32 experts) const {
+  template <Mode mode>
+  __device__ void gate_by_dots(const Task& task, u32 first_expert, u32 experts) const {
     const auto* x = static_cast<const uint4*>(group.params.x);
     const auto* rows = static_cast<const uint4*>(group.params.gate);
     constexpr u32 row_vectors = d_model / 8;
     float* sums = group.in_shared<float>(group.at.scratch) + 16;
-    for (u32 base = 0; base < item.num_tokens; base += math_warps) {
-      const u32 here = item.num_tokens - base < math_warps ? item.num_tokens - base : math_warps;
+    for (u32 base = 0; base < task.num_tokens; base += math_warps) {
+      const u32 here = task.num_tokens - base < math_warps ? task.num_tokens - base : math_warps;
       u32 padded = 1;
       while (padded < here) padded *= 2;
       const u32 parts = math_warps / padded;  // warps that share a token
-      const u32 token = item.first + base + warp / parts, part = warp % parts;
+      const u32 token = task.first + base + warp / parts, part = warp % parts;
       for (u32 expert = first_expert; expert < first_expert + experts; ++expert) {
         float sum = 0;
         if (warp / parts < here) {
@@ -81,39 +92,51 @@ struct Planner {
 #pragma unroll
         for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(~0u, sum, width);
         if (lane == 0) sums[warp] = sum;
-        sm90::named_barrier<math_barrier, math_threads>();
-        constexpr u32 replicas = Words ? logit_replicas : 1;
+        meet();
+        constexpr u32 replicas = mode == Mode::words ? logit_replicas : 1;
         if (thread < here * replicas) {
           const u32 which = thread / replicas;
           float total = 0;
           for (u32 i = 0; i < parts; ++i) total += sums[which * parts + i];
-          publish_logit(item.first + base + which, expert, total, thread % replicas);
+          publish_logit(task.first + base + which, expert, total, thread % replicas);
         }
-        sm90::named_barrier<math_barrier, math_threads>();
+        meet();
       }
     }
   }
 
-  //! 16 experts x 8 tokens, K shared out over the warps.
-  __device__ void gate_by_mma(const Item& item, u32 first_expert) const {
+  //! 16 experts x some groups of 8 tokens, K shared out over the warps.
+  template <u32 gate_groups>  // up to 2: there is room for so many partial sums
+                              // in every mode
+  __device__ void gate_by_mma(u32 first_token, u32 count, u32 first_expert) const {
     const u32 row = lane / 4, quarter = lane % 4;
     const auto* rows =
         static_cast<const uint4*>(group.params.gate) + u64{first_expert + row} * (d_model / 8) + quarter;
-    const u32 token = row < item.num_tokens ? item.first + row : item.first;
-    const auto* x = static_cast<const uint4*>(group.params.x) + u64{token} * (d_model / 8) + quarter;
-    float d[4] = {0, 0, 0, 0};
-#pragma unroll 8
-    for (u32 chunk = warp; chunk < d_model / 32; chunk += math_warps) {
-      const uint4 low = __ldg(rows + chunk * 4), high = __ldg(rows + 8 * (d_model / 8) + chunk * 4),
-                  b = __ldg(x + chunk * 4);
-      sm90::mma(d, low.x, high.x, low.y, high.y, b.x, b.y);
-      sm90::mma(d, low.z, high.z, low.w, high.w, b.z, b.w);
+    const uint4* x[gate_groups];
+#pragma unroll
+    for (u32 j = 0; j < gate_groups; ++j) {
+      const u32 token = first_token + (j * 8 + row < count ? j * 8 + row : 0);
+      x[j] = static_cast<const uint4*>(group.params.x) + u64{token} * (d_model / 8) + quarter;
     }
-    auto* partial =
-        group.in_shared<float4>(group.at.partial);  // no tile is under way before the plan is there
-    partial[warp * 32 + lane] = make_float4(d[0], d[1], d[2], d[3]);
-    sm90::named_barrier<math_barrier, math_threads>();
-    if (warp == 0) {
+    float d[gate_groups][4] = {};
+#pragma unroll(8 / gate_groups)
+    for (u32 chunk = warp; chunk < d_model / 32; chunk += math_warps) {
+      const uint4 low = __ldg(rows + chunk * 4), high = __ldg(rows + 8 * (d_model / 8) + chunk * 4);
+#pragma unroll
+      for (u32 j = 0; j < gate_groups; ++j) {
+        const uint4 b = __ldg(x[j] + chunk * 4);
+        sm90::mma(d[j], low.x, high.x, low.y, high.y, b.x, b.y);
+        sm90::mma(d[j], low.z, high.z, low.w, high.w, b.z, b.w);
+      }
+    }
+    // no tile is under way before the plan is there
+    auto* partial = group.in_shared<float4>(group.at.partial);
+#pragma unroll
+    for (u32 j = 0; j < gate_groups; ++j)
+      partial[(j * math_warps + warp) * 32 + lane] = make_float4(d[j][0], d[j][1], d[j][2], d[j][3]);
+    meet();
+    if (warp < gate_groups) {
+      partial += warp * math_warps * 32;
       float4 sum = partial[lane];
       for (u32 i = 1; i < math_warps; ++i) {
         const float4 other = partial[i * 32 + lane];
@@ -122,40 +145,46 @@ struct Planner {
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        const u32 column = 2 * quarter + i % 2;
-        if (column < item.num_tokens)
-          publish_logit(item.first + column, first_expert + row + 8 * (i / 2), values[i], 0);
+        const u32 column = warp * 8 + 2 * quarter + i % 2;
+        if (column < count)
+          publish_logit(first_token + column, first_expert + row + 8 * (i / 2), values[i], 0);
       }
     }
-    sm90::named_barrier<math_barrier, math_threads>();
+    meet();
   }
 
-  //! Top-k of one token by one warp. Lane r < top_k gets the r-th expert and its weight.
-  __device__ void choose(u32 token, u32 replica, u32 task_id, u32& expert, float& weight) const {
+  //! A token's logits, once they are there: lane l of the warp gets those of
+  //! experts l, l + 32, ...
+  __device__ void load_logits(u32 token, u32 replica, u32 task_id, float (&logit)[lane_experts]) const {
     const u64* words = group.in_workspace<u64>(group.params.layout.logits) +
                        (u64{replica} * num_tokens() + token) * num_experts;
-    float logit[math_lane_experts];
     u32 turns = 0;
     u64 since_ns = 0;
     for (;;) {
       bool all = true;
 #pragma unroll
-      for (u32 i = 0; i < math_lane_experts; ++i) {
+      for (u32 i = 0; i < lane_experts; ++i) {
         const u32 e = i * 32 + lane;
         if (e >= num_experts) continue;
         const u64 word = load_relaxed<Scope::device>(words + e);
         all = all && epoch_of(word) == group.epoch;
         logit[i] = __uint_as_float(static_cast<u32>(word));
       }
-      if (__all_sync(~0u, all)) break;
+      if (__all_sync(~0u, all)) return;
       const bool go_on =
           group.keep_waiting(turns, since_ns, task_id, EventKind::gated, token, 0, group.epoch);
-      if (!__all_sync(~0u, go_on)) break;
+      if (!__all_sync(~0u, go_on)) return;
     }
-    // The logits are bf16: sixteen bits of order, then the lower expert of equal ones. NaN ranks last.
-    u32 key[math_lane_experts];
+  }
+
+  //! Top-k of one token by one warp. Lane r < top_k gets the r-th expert and
+  //! its weight.
+  __device__ void choose(const float (&logit)[lane_experts], u32& expert, float& weight) const {
+    // The logits are bf16: sixteen bits of order, then the lower expert of
+    // equal ones. NaN ranks last.
+    u32 key[lane_experts];
 #pragma unroll
-    for (u32 i = 0; i < math_lane_experts; ++i) {
+    for (u32 i = 0; i < lane_experts; ++i) {
       const u32 bits = __float_as_uint(logit[i]) >> 16;
       const u32 ordered = logit[i] != logit[i] ? 0u : (bits & 0x8000u) ? (~bits & 0xffffu) : (bits | 0x8000u);
       key[i] = i * 32 + lane < num_experts ? ordered << 16 | (0xffffu - (i * 32 + lane)) : 0u;
@@ -165,11 +194,11 @@ struct Planner {
     for (u32 r = 0; r < top_k; ++r) {
       u32 best = 0;
 #pragma unroll
-      for (u32 i = 0; i < math_lane_experts; ++i) best = key[i] > best ? key[i] : best;
+      for (u32 i = 0; i < lane_experts; ++i) best = key[i] > best ? key[i] : best;
       best = __reduce_max_sync(~0u, best);
       if (lane == r) chosen = best;
 #pragma unroll
-      for (u32 i = 0; i < math_lane_experts; ++i) key[i] = key[i] == best ? 0u : key[i];
+      for (u32 i = 0; i < lane_experts; ++i) key[i] = key[i] == best ? 0u : key[i];
     }
     expert = 0xffffu - (chosen & 0xffffu);
     const u32 ordered = chosen >> 16;
@@ -182,7 +211,7 @@ struct Planner {
       total = kept;
     } else {
 #pragma unroll
-      for (u32 i = 0; i < math_lane_experts; ++i)
+      for (u32 i = 0; i < lane_experts; ++i)
         total += i * 32 + lane < num_experts ? expf(logit[i] - highest) : 0.0f;
     }
 #pragma unroll
@@ -190,48 +219,51 @@ struct Planner {
     weight = kept / total;
   }
 
-  //! Top-k of the tokens of a route task, for all work-groups.
-  __device__ void route(const Item& item) const {
-    for (u32 i = warp; i < item.num_tokens; i += math_warps) {
-      const u32 token = item.first + i;
-      u32 expert;
-      float weight;
-      choose(token, 0, item.id, expert, weight);
-      if (lane < top_k) {
-        // relaxed: the word is the data
-        store_relaxed<Scope::device>(
-            group.in_workspace<u64>(group.params.layout.routing) + u64{token} * top_k + lane,
-            routing_word(group.epoch, expert, weight));
-      }
+  //! What the gate, or whoever gave the routing, chose for a token's slot; for
+  //! readers after the plan is made.
+  __device__ __forceinline__ void choice(u32 token, u32 k, u32& expert, float& weight) const {
+    const Params& params = group.params;
+    const u32 pair = token * top_k + k;
+    if (params.given_idx != nullptr) {
+      const std::int32_t given = params.given_idx[pair];
+      expert = given < 0 ? not_routed : static_cast<u32>(given);
+      weight = params.given_weights[pair];
+    } else {
+      const u64 word = load_relaxed<Scope::device>(group.in_workspace<u64>(params.layout.routing) + pair);
+      expert = static_cast<u32>(word >> 32) & 0x3ffu;
+      weight = __uint_as_float(static_cast<u32>(word));
     }
   }
 
-  __device__ void set_pair(u32 pair, u32 expert, float weight) const {
+  template <Mode mode>
+  __device__ __forceinline__ void set_pair(u32 pair, u32 expert, float weight) const {
     group.in_shared<u16>(group.at.topk)[pair] = static_cast<u16>(expert);
-    group.in_shared<float>(group.at.weights)[pair] = weight;
+    if (mode != Mode::tiles) group.in_shared<float>(group.at.weights)[pair] = weight;
     if (expert < num_experts) {
       const u32 token = pair / top_k;
       atomicOr(group.in_shared<u32>(group.at.mask) + expert * mask_words() + token / 32, 1u << token % 32);
     }
   }
-  __device__ __forceinline__ u32 mask_words() const { return ceil_div(num_tokens() + 1, 32); }
 
-  //! Experts and weights of all tokens, into shared memory. A dropped slot is `not_routed`.
-  template <bool Words>
+  //! Experts and weights of all tokens, into shared memory. A dropped slot is
+  //! `not_routed`.
+  template <Mode mode>
   __device__ void gather_routing() const {
     const u32 pairs = num_tokens() * top_k;
     const Params& params = group.params;
     if (params.given_idx != nullptr) {
       for (u32 i = thread; i < pairs; i += math_threads) {
         const std::int32_t expert = params.given_idx[i];
-        set_pair(i, expert < 0 ? not_routed : static_cast<u32>(expert), params.given_weights[i]);
+        set_pair<mode>(i, expert < 0 ? not_routed : static_cast<u32>(expert), params.given_weights[i]);
       }
-    } else if constexpr (Words) {  // each work-group does the top-k of all tokens: one trip instead of two
+    } else if constexpr (mode == Mode::words) {
+      // each work-group does the top-k of all tokens: one trip instead of two
       if (warp < num_tokens()) {
         u32 expert;
-        float weight;
-        choose(warp, group.worker % logit_replicas, none, expert, weight);
-        if (lane < top_k) set_pair(warp * top_k + lane, expert, weight);
+        float weight, logits[lane_experts];
+        load_logits(warp, group.worker % logit_replicas, none, logits);
+        choose(logits, expert, weight);
+        if (lane < top_k) set_pair<mode>(warp * top_k + lane, expert, weight);
       }
     } else {
       constexpr u32 batch = 8;  // loads in flight: each takes most of a microsecond
@@ -256,130 +288,140 @@ struct Planner {
         for (u32 j = 0; j < batch; ++j) {
           const u32 i = base + j * math_threads;
           if (i < pairs && all)
-            set_pair(i, static_cast<u32>(word[j] >> 32) & 0x3ffu, __uint_as_float(static_cast<u32>(word[j])));
+            set_pair<mode>(i, static_cast<u32>(word[j] >> 32) & 0x3ffu,
+                           __uint_as_float(static_cast<u32>(word[j])));
         }
       }
     }
   }
 
-  //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
-  template <bool Words>
+  //! Counts, prefix sums, lists and the policy's sequence, as build_plan and
+  //! build_sequence make them. Complete when the first warp is done.
+  template <Mode mode>
   __device__ void build(Plan& plan, Order order) const {
-    u32* mask = group.in_shared<u32>(group.at.mask);
-    const u32 words = mask_words(), pairs = num_tokens() * top_k;
-    for (u32 i = thread; i < num_experts * words; i += math_threads) mask[i] = 0;
-    sm90::named_barrier<math_barrier, math_threads>();
-    gather_routing<Words>();
-    sm90::named_barrier<math_barrier, math_threads>();
+    const u32* mask = group.in_shared<u32>(group.at.mask);
+    u32* count = group.in_shared<u32>(group.at.key);
+    u16* before = group.in_shared<u16>(group.at.before);  // tokens of an expert before each word of its mask
+    const u32 words = mask_words();
+    const bool is_sorted = order == Order::arrival || order == Order::lpt;
+    meet();  // the masks are clear
+    gather_routing<mode>();
+    meet();
+    for (u32 expert = thread; expert < num_experts; expert += math_threads) {
+      u32 sum = 0;
+      for (u32 w = 0; w < words; ++w) {
+        before[expert * words + w] = static_cast<u16>(sum);
+        sum += __popc(mask[expert * words + w]);
+      }
+      count[expert] = sum;
+    }
+    meet();
     if (warp == 0) {
-      u32 tokens[math_lane_experts], total[3] = {0, 0, 0};  // pairs, blocks, active experts
-#pragma unroll
-      for (u32 i = 0; i < math_lane_experts; ++i) {
-        const u32 expert = lane * math_lane_experts + i;
-        tokens[i] = 0;
-        if (expert < num_experts)
-          for (u32 w = 0; w < words; ++w) tokens[i] += __popc(mask[expert * words + w]);
-        total[0] += tokens[i];
-        total[1] += ceil_div(tokens[i], group.params.tiling.block_tokens);
-        total[2] += tokens[i] > 0 ? 1 : 0;
-      }
-      u32 before[3];
-#pragma unroll
-      for (u32 j = 0; j < 3; ++j) {
-        u32 sum = total[j];
-#pragma unroll
-        for (u32 width = 1; width < 32; width *= 2) {
-          const u32 other = __shfl_up_sync(~0u, sum, width);
-          if (lane >= width) sum += other;
-        }
-        before[j] = sum - total[j];
-      }
-#pragma unroll
-      for (u32 i = 0; i < math_lane_experts; ++i) {
-        const u32 expert = lane * math_lane_experts + i;
-        if (expert >= num_experts) continue;
-        plan.entry_offset[expert] = before[0];
-        plan.block_offset[expert] = before[1];
-        plan.active_offset[expert] = before[2];
-        if (tokens[i] > 0) plan.active[before[2]] = expert;
-        before[0] += tokens[i];
-        before[1] += ceil_div(tokens[i], group.params.tiling.block_tokens);
-        before[2] += tokens[i] > 0 ? 1 : 0;
-        if (expert == num_experts - 1) {
-          plan.entry_offset[num_experts] = before[0];
-          plan.block_offset[num_experts] = before[1];
-          plan.active_offset[num_experts] = before[2];
-        }
-      }
+      add_up(plan, count);
+      __syncwarp();
+      if (mode == Mode::words) make_lists(plan, mask, before, 32);
     }
-    sm90::named_barrier<math_barrier, math_threads>();
-    const u16* topk = group.in_shared<u16>(group.at.topk);
-    u16* entries = group.in_shared<u16>(group.at.entries);
-    u16* columns = group.in_shared<u16>(group.at.columns);
-    if constexpr (Words) {
-      for (u32 i = thread; i < plan.num_active() * max_words_tokens; i += math_threads) columns[i] = 0xffffu;
-      sm90::named_barrier<math_barrier, math_threads>();
+    if (mode == Mode::words && !is_sorted) return;
+    meet();
+    if (mode != Mode::words) {
+      make_lists(plan, mask, before, math_threads);
+      meet();
     }
-    for (u32 pair = thread; pair < pairs; pair += math_threads) {
-      const u32 expert = topk[pair], token = pair / top_k;
-      if (expert >= num_experts) continue;
-      u32 place = plan.entry_offset[expert];
-      for (u32 w = 0; w < token / 32; ++w) place += __popc(mask[expert * words + w]);
-      place += __popc(mask[expert * words + token / 32] & ((1u << token % 32) - 1));
-      entries[place] = static_cast<u16>(pair);
-      if constexpr (Words)
-        columns[plan.active_offset[expert] * max_words_tokens + token] = static_cast<u16>(pair);
-    }
-    sm90::named_barrier<math_barrier, math_threads>();
-    build_sequence(plan, order, entries);
-    sm90::named_barrier<math_barrier, math_threads>();
+    if (is_sorted) sort_sequence(plan, order);
   }
 
  private:
-  //! With one PE all tokens are its own: only lpt and arrival differ from the order by id.
-  __device__ void build_sequence(Plan& plan, Order order, const u16* entries) const {
+  //! Prefix sums over the experts, a few each lane. With one PE all tokens are
+  //! its own: most orders are that of the ids.
+  __device__ __forceinline__ void add_up(Plan& plan, const u32* count) const {
+    const u32 block_tokens = tiling.block_tokens;
+    u32 tokens[lane_experts], total[3] = {0, 0, 0};  // pairs, blocks, active experts
+#pragma unroll
+    for (u32 i = 0; i < lane_experts; ++i) {
+      const u32 expert = lane * lane_experts + i;
+      tokens[i] = expert < num_experts ? count[expert] : 0;
+      total[0] += tokens[i];
+      total[1] += ceil_div(tokens[i], block_tokens);
+      total[2] += tokens[i] > 0 ? 1 : 0;
+    }
+    u32 before[3];
+#pragma unroll
+    for (u32 j = 0; j < 3; ++j) {
+      u32 sum = total[j];
+#pragma unroll
+      for (u32 width = 1; width < 32; width *= 2) {
+        const u32 other = __shfl_up_sync(~0u, sum, width);
+        if (lane >= width) sum += other;
+      }
+      before[j] = sum - total[j];
+    }
+#pragma unroll
+    for (u32 i = 0; i < lane_experts; ++i) {
+      const u32 expert = lane * lane_experts + i;
+      if (expert >= num_experts) continue;
+      plan.entry_offset[expert] = before[0];
+      plan.block_offset[expert] = before[1];
+      plan.active_offset[expert] = before[2];
+      if (tokens[i] > 0) {
+        plan.active[before[2]] = plan.sequence[before[2]] = expert;
+        plan.sequence_offset[before[2]] = before[1];
+      }
+      before[0] += tokens[i];
+      before[1] += ceil_div(tokens[i], block_tokens);
+      before[2] += tokens[i] > 0 ? 1 : 0;
+      if (expert == num_experts - 1) {
+        plan.entry_offset[num_experts] = before[0];
+        plan.block_offset[num_experts] = plan.sequence_offset[before[2]] = before[1];
+        plan.active_offset[num_experts] = before[2];
+      }
+    }
+  }
+
+  //! Each pair to its place among its expert's, which are by token.
+  __device__ __forceinline__ void make_lists(const Plan& plan, const u32* mask, const u16* before,
+                                             u32 threads) const {
+    const u16* topk = group.in_shared<u16>(group.at.topk);
+    u16* entries = group.in_shared<u16>(group.at.entries);
+    for (u32 pair = thread; pair < num_tokens() * top_k; pair += threads) {
+      const u32 expert = topk[pair], token = pair / top_k;
+      if (expert >= num_experts) continue;
+      const u32 word = expert * mask_words() + token / 32;
+      const u32 place = before[word] + __popc(mask[word] & ((1u << token % 32) - 1));
+      entries[plan.entry_offset[expert] + place] = static_cast<u16>(pair);
+    }
+  }
+
+  __device__ void sort_sequence(Plan& plan, Order order) const {
+    const u16* entries = group.in_shared<u16>(group.at.entries);
     const u32 active = plan.num_active();
     u32* key = group.in_shared<u32>(group.at.key);
     for (u32 i = thread; i < active; i += math_threads) {
       const u32 expert = plan.active[i];
       const u32 first = entries[plan.entry_offset[expert]];
-      u32 met = ~0u;
-      if (order == Order::arrival) {
-        met = (first / top_k) << 10 | first % top_k;
-      } else if (order == Order::lpt) {
-        met = ~plan.expert_tokens(expert);
-      } else {
-        met = i;
-      }
-      key[i] = met;
+      key[i] = order == Order::lpt ? ~plan.expert_tokens(expert) : (first / top_k) << 10 | first % top_k;
     }
-    sm90::named_barrier<math_barrier, math_threads>();
+    meet();
     for (u32 i = thread; i < active; i += math_threads) {
       u32 place = 0;
-      if (order == Order::arrival || order == Order::lpt) {
-        for (u32 j = 0; j < active; ++j) place += key[j] < key[i] || (key[j] == key[i] && j < i) ? 1 : 0;
-      } else {
-        place = i;
-      }
+      for (u32 j = 0; j < active; ++j) place += key[j] < key[i] || (key[j] == key[i] && j < i) ? 1 : 0;
       plan.sequence[place] = plan.active[i];
     }
-    sm90::named_barrier<math_barrier, math_threads>();
-    if (warp == 0) {  // blocks before each place
-      u32 before = 0;
-      for (u32 base = 0; base < active; base += 32) {
-        const u32 i = base + lane;
-        const u32 blocks = i < active ? plan.expert_blocks(plan.sequence[i]) : 0;
-        u32 sum = blocks;
+    meet();
+    if (warp != 0) return;
+    u32 before = 0;  // blocks before each place
+    for (u32 base = 0; base < active; base += 32) {
+      const u32 i = base + lane;
+      const u32 blocks = i < active ? plan.expert_blocks(plan.sequence[i]) : 0;
+      u32 sum = blocks;
 #pragma unroll
-        for (u32 width = 1; width < 32; width *= 2) {
-          const u32 other = __shfl_up_sync(~0u, sum, width);
-          if (lane >= width) sum += other;
-        }
-        if (i < active) plan.sequence_offset[i] = before + sum - blocks;
-        before += __shfl_sync(~0u, sum, 31);
+      for (u32 width = 1; width < 32; width *= 2) {
+        const u32 other = __shfl_up_sync(~0u, sum, width);
+        if (lane >= width) sum += other;
       }
-      if (lane == 0) plan.sequence_offset[active] = before;
+      if (i < active) plan.sequence_offset[i] = before + sum - blocks;
+      before += __shfl_sync(~0u, sum, 31);
     }
+    if (lane == 0) plan.sequence_offset[active] = before;
   }
 };
 

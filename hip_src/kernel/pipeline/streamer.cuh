@@ -1,4 +1,4 @@
-// The streaming thread: asks for the weights of the items in turn, as far ahead as the ring has room.
+// The streaming warp: asks for the weights of the items in turn, as far ahead as the ring has room.
 #pragma once
 #include "group.cuh"
 
@@ -6,66 +6,70 @@ namespace flashmoe::pipeline {
 
 class Streamer {
  public:
-  __device__ explicit Streamer(const Group& group) : group_(group), policy_(sm90::evict_first_policy()) {}
+  __device__ Streamer(Group& group, const Tiling& tiling)
+      : group_(group), tiling_(tiling), lane_(threadIdx.x % 32), policy_(sm90::evict_first_policy()) {}
 
   __device__ void run() {
     const Params& params = group_.params;
     for (;;) {
       group_.wait(group_.item_full(items_.slot), items_.parity);
       if (group_.stopped()) break;
-      const Item& item = group_.in_shared<Item>(group_.at.items)[items_.slot];
+      const Item& item = group_.item(items_.slot);
       if (item.kind == ItemKind::end) break;
-      sm90::arrive(group_.item_begun(items_.slot));
+      if (lane_ == 0) sm90::arrive(group_.item_begun(items_.slot));
       if (item.kind == ItemKind::task && item.task_kind == TaskKind::up) {
-        const u64 first = u64{item.expert} * (d_ff / 8) + item.tile * (params.tiling.up_rows / 8);
-        stream<up_tile_bytes>(static_cast<const char*>(params.gate_up) + first * up_tile_bytes,
-                              item.row_tiles);
+        const u64 first = u64{item.expert} * (d_ff / 8) + item.tile * (tiling_.up_rows / 8);
+        stream<d_model>(static_cast<const char*>(params.gate_up) + first * up_tile_bytes, item.row_tiles);
       } else if (item.kind == ItemKind::task && item.task_kind == TaskKind::down) {
-        const u64 first = u64{item.expert} * (d_model / 16) + item.tile * (params.tiling.down_rows / 16);
-        // an expert with more tokens than a pass can take has its weights read once a pass
+        const u64 first = u64{item.expert} * (d_model / 16) + item.tile * (tiling_.down_rows / 16);
         for (u32 pass = 0; pass < item.passes; ++pass)
-          stream<down_tile_bytes>(static_cast<const char*>(params.down) + first * down_tile_bytes,
-                                  item.row_tiles);
+          stream<d_ff>(static_cast<const char*>(params.down) + first * down_tile_bytes, item.row_tiles);
       }
-      sm90::arrive(group_.item_free(items_.slot));
+      __syncwarp();
+      if (lane_ == 0) sm90::arrive(group_.item_free(items_.slot));
       items_.advance(num_items);
     }
     wait_for_copies();
   }
 
  private:
-  template <u32 tile_bytes>
-  __device__ __forceinline__ void stream(const char* weights, u32 row_tiles) {
-    const u32 ring = sm90::shared_address(group_.shared + group_.at.ring);
-    for (u32 tile = 0; tile < row_tiles; ++tile, weights += tile_bytes) {
-#pragma unroll
-      for (u32 offset = 0; offset < tile_bytes; offset += slot_bytes) {
-        const u32 bytes = tile_bytes - offset < slot_bytes ? tile_bytes - offset : slot_bytes;
-        group_.wait(group_.slot_free(slots_.slot), slots_.parity);
-        if (group_.stopped()) return;
-        const u32 full = group_.slot_full(slots_.slot);
-        sm90::arrive_and_expect(full, bytes);
-        sm90::bulk_copy(ring + slots_.slot * slot_bytes, weights + offset, bytes, full, policy_);
-        ++num_copies_;
-        slots_.advance(group_.params.ring_slots);
-      }
+  //! Row tiles of 16 rows x k, one after the other in memory; a lane copies its tile's part of a slot.
+  template <u32 k>
+  __device__ __forceinline__ void stream(const char* tiles, u32 row_tiles) {
+    const Split split(row_tiles);
+    const u32 slot_tile_bytes = split.tile_chunks() * chunk_bytes;
+    const char* from = tiles + lane_ * (16 * k * 2);
+    for (u32 done = 0; done < 16 * k * 2; done += slot_tile_bytes) {
+      const u32 rest = 16 * k * 2 - done, bytes = rest < slot_tile_bytes ? rest : slot_tile_bytes;
+      group_.wait(group_.slot_free(slots_.slot), slots_.parity);
+      if (group_.stopped()) return;
+      const u32 full = group_.weights_full(slots_.slot);
+      if (lane_ == 0) sm90::arrive_and_expect(full, row_tiles * bytes);
+      __syncwarp();
+      if (lane_ < row_tiles)
+        sm90::bulk_copy(group_.weights_of(slots_.slot) + lane_ * slot_tile_bytes, from + done, bytes, full,
+                        policy_);
+      ++num_slots_;
+      slots_.advance(group_.params.ring_slots);
     }
   }
 
   //! The copies under way write this work-group's shared memory: it must not end before them.
   __device__ void wait_for_copies() const {
     const u32 slots = group_.params.ring_slots;
-    for (u32 slot = 0; slot < slots && slot < num_copies_; ++slot) {
-      const u32 uses = (num_copies_ - slot + slots - 1) / slots;
-      while (!sm90::phase_is_over(group_.slot_full(slot), (uses - 1) & 1)) {
+    for (u32 slot = 0; slot < slots && slot < num_slots_; ++slot) {
+      const u32 uses = (num_slots_ - slot + slots - 1) / slots;
+      while (!sm90::phase_is_over(group_.weights_full(slot), (uses - 1) & 1)) {
       }
     }
   }
 
-  const Group& group_;
+  Group& group_;
+  const Tiling& tiling_;
+  u32 lane_;
   u64 policy_;
   Turn items_{0}, slots_{1};
-  u32 num_copies_ = 0;
+  u32 num_slots_ = 0;
 };
 
 }  // namespace flashmoe::pipeline

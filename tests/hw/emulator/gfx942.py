@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import numpy as np
 from flashmoe.hw.code_object import code_objects, metadata, symbols
 
 STAND_IN = Path(__file__).with_name("hip_runtime.cpp")
+_ON_LOAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _ON_LAUNCH = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint)),
+    *(ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t),
 )
 
 # user registers in the order of the bits that ask for them in kernel_code_properties, and how many each takes
@@ -37,7 +40,6 @@ _USER_SGPRS = {
     "private_segment_size": 1,
 }
 
-
 _TICKS = np.zeros(1, np.uint32)  # of the emulated clock
 
 
@@ -50,28 +52,27 @@ class Emulator:
         sys.path.insert(0, str(folder))
         self._instructions: Any = importlib.import_module("test.mockgpu.amd.emu")
         _teach_cdna3(self._instructions)
-        self._kernels: dict[str, _Kernel] = {}
-        self.failure: Exception | None = None
-        self._callback = _ON_LAUNCH(self._on_launch)
-        runtime = _build_stand_in()
-        runtime.emulator_on_launch(self._callback)
+        self._kernels: dict[tuple[int, str], _Kernel] = {}  # by module and name
+        self._listeners = _ON_LOAD(self._on_load), _ON_LAUNCH(self._on_launch)
+        self._runtime = _build_stand_in()
+        self._runtime.emulator_listen(*self._listeners)
 
-    def add(self, library: Path) -> None:
-        """Make the kernels of a device library known."""
-        for code_object in code_objects(library):
+    def _on_load(self, module: int, bundle: int, num_bytes: int) -> None:
+        for code_object in code_objects(ctypes.string_at(bundle, num_bytes)):
             image = _load(code_object)
             with tempfile.NamedTemporaryFile(suffix=".elf") as file:
                 file.write(code_object)
                 file.flush()
                 places = symbols(Path(file.name))
                 for said in metadata(Path(file.name)):
-                    self._kernels[said[".name"]] = _Kernel(said, image, places[said[".symbol"]])
+                    self._kernels[module, said[".name"]] = _Kernel(said, image, places[said[".symbol"]])
 
-    def _on_launch(self, name: bytes, sizes: Any, arguments: Any, lds_bytes: int) -> int:
+    def _on_launch(self, module: int, name: bytes, sizes: Any, arguments: Any, lds_bytes: int) -> int:
+        kernel = self._kernels[module, name.decode()]
         try:
-            self._kernels[name.decode()].run(self._instructions.run_asm, sizes[:3], sizes[3:6], arguments, lds_bytes)
-        except Exception as failure:  # C cannot pass it on
-            self.failure = failure
+            kernel.run(self._instructions.run_asm, sizes[:3], sizes[3:6], arguments, lds_bytes)
+        except Exception:  # C cannot pass it on
+            traceback.print_exc()
             return 1
         return 0
 

@@ -1,7 +1,9 @@
-// Stands in for libamdhip64 where there is no AMD GPU: device memory is the host's, and a launch is handed to
-// whoever called emulator_on_launch. One device of one CU, everything in order.
+// Stands in for libamdhip64 where there is no AMD GPU: device memory is the host's; code and launches are
+// handed to whoever called emulator_listen. One device of one CU, everything in order.
 #include <hip/hip_runtime_api.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,11 +12,19 @@
 
 namespace {
 
+//! A bundle of code objects. module: names it from now on.
+using OnLoad = void (*)(const void* module, const char* bundle, size_t bytes);
 //! sizes: work-groups by x, y, z, then threads of one. Gives 0, or 1 when the kernel could not be run.
-using OnLaunch = int (*)(const char* kernel, const unsigned sizes[6], void** arguments, size_t lds_bytes);
+using OnLaunch = int (*)(const void* module, const char* kernel, const unsigned sizes[6], void** arguments,
+                         size_t lds_bytes);
 
+OnLoad on_load;
 OnLaunch on_launch;
-std::map<const void*, std::string> kernels;  // by the host's function that stands for one
+struct Kernel {
+  const void* module;
+  std::string name;
+};
+std::map<const void*, Kernel> kernels;  // by the host's function that stands for one
 struct {
   dim3 grid, block;
   size_t lds_bytes;
@@ -25,24 +35,41 @@ hipError_t launch(const void* function, dim3 grid, dim3 block, void** arguments,
   const auto kernel = kernels.find(function);
   if (kernel == kernels.end() || on_launch == nullptr) return hipErrorInvalidDeviceFunction;
   const unsigned sizes[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  return on_launch(kernel->second.c_str(), sizes, arguments, lds_bytes) == 0 ? hipSuccess : hipErrorLaunchFailure;
+  const Kernel& k = kernel->second;
+  return on_launch(k.module, k.name.c_str(), sizes, arguments, lds_bytes) == 0 ? hipSuccess
+                                                                               : hipErrorLaunchFailure;
 }
 
 }  // namespace
 
 extern "C" {
 
-void emulator_on_launch(OnLaunch callback) { on_launch = callback; }
+void emulator_listen(OnLoad load, OnLaunch launch) {
+  on_load = load;
+  on_launch = launch;
+}
 
 // --- what compiled code calls of its own accord
-void** __hipRegisterFatBinary(const void*) {
-  static void* module;
-  return &module;
+void** __hipRegisterFatBinary(const void* wrapper) {
+  const char* bundle = *reinterpret_cast<const char* const*>(static_cast<const char*>(wrapper) + 8);
+  // after 24 letters the number of entries; each is offset, size, length of its name, and the name
+  const auto number = [bundle](size_t place) {
+    std::uint64_t value;
+    std::memcpy(&value, bundle + place, 8);
+    return value;
+  };
+  size_t bytes = 0, place = 32;
+  for (std::uint64_t entry = 0; entry < number(24); ++entry) {
+    bytes = std::max<size_t>(bytes, number(place) + number(place + 8));
+    place += 24 + number(place + 16);
+  }
+  on_load(bundle, bundle, bytes);
+  return reinterpret_cast<void**>(const_cast<char*>(bundle));
 }
 void __hipUnregisterFatBinary(void**) {}
-void __hipRegisterFunction(void**, const void* function, char*, const char* kernel, unsigned, void*, void*, void*,
-                           void*, int*) {
-  kernels[function] = kernel;
+void __hipRegisterFunction(void** module, const void* function, char*, const char* kernel, unsigned, void*,
+                           void*, void*, void*, int*) {
+  kernels[function] = {module, kernel};
 }
 hipError_t __hipPushCallConfiguration(dim3 grid, dim3 block, size_t lds_bytes, hipStream_t stream) {
   pushed = {grid, block, lds_bytes, stream};
@@ -93,7 +120,9 @@ hipError_t hipMemset(void* to, int value, size_t bytes) {
   std::memset(to, value, bytes);
   return hipSuccess;
 }
-hipError_t hipMemsetAsync(void* to, int value, size_t bytes, hipStream_t) { return hipMemset(to, value, bytes); }
+hipError_t hipMemsetAsync(void* to, int value, size_t bytes, hipStream_t) {
+  return hipMemset(to, value, bytes);
+}
 
 // --- the device
 hipError_t hipGetDevice(int* device) {
@@ -117,15 +146,20 @@ hipError_t hipGetDeviceProperties(hipDeviceProp_t* properties, int) {
   return hipSuccess;
 }
 hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t attribute, int) {
-  if (attribute == hipDeviceAttributeMultiprocessorCount) *value = 1;
-  else if (attribute == hipDeviceAttributeMaxSharedMemoryPerBlock) *value = 65536;
-  else return hipErrorInvalidValue;
+  if (attribute == hipDeviceAttributeMultiprocessorCount)
+    *value = 1;
+  else if (attribute == hipDeviceAttributeMaxSharedMemoryPerBlock)
+    *value = 65536;
+  else
+    return hipErrorInvalidValue;
   return hipSuccess;
 }
 hipError_t hipDeviceSynchronize() { return hipSuccess; }
 hipError_t hipStreamSynchronize(hipStream_t) { return hipSuccess; }
 hipError_t hipGetLastError() { return hipSuccess; }
 hipError_t hipPeekAtLastError() { return hipSuccess; }
-const char* hipGetErrorString(hipError_t error) { return error == hipSuccess ? "no error" : "error of the stand-in"; }
+const char* hipGetErrorString(hipError_t error) {
+  return error == hipSuccess ? "no error" : "error of the stand-in";
+}
 
 }  // extern "C"

@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kSignalThreads, 1)
 
 inline void measure_ping_pong(Lab& lab) {
   constexpr u32 kSize = 256;
-  DeviceArray<u32> words(2 * kWordStride), cycles(kSize);
+  constexpr u32 kPairs = 30;
+  // the words lie in as many places as there are pairs: how far a slice of L2 is matters
+  constexpr std::size_t kPlaceWords = (std::size_t{1} << 18) + 4 * kWordStride;
+  DeviceArray<u32> words(kPairs * kPlaceWords), cycles(kSize);
   DeviceArray<uint4> payloads(64);
   DeviceArray<u64> summary(3);
   DeviceArray<SmCount> out(lab.num_sms);
-  const u32 last = lab.num_sms - 1;
-  const std::vector<std::pair<u32, u32>> pairs = {{0, 1},  {0, 2},  {0, last / 4}, {0, last / 2}, {0, last},
-                                                  {5, 50}, {7, 99}, {20, 21},      {64, 65},      {30, 120}};
   std::printf("signal, one way (half a round trip), ns: median (p01..p99)\n");
   for (Streams who : {Streams::none, Streams::others, Streams::all}) {
     for (u32 slots : {2u, 3u}) {
@@ -108,10 +108,18 @@ inline void measure_ping_pong(Lab& lab) {
         for (bool payload : {false, true}) {
           if (payload && signal == Signal::word) continue;  // nothing would order the payload
           Samples ns, of_pair, rate;
-          for (const auto& [ping, pong] : pairs) {
-            words.zero();
-            const PingPong game{ping,  pong,          words.data(),  signal, payload, payloads.data(),
-                                kSize, cycles.data(), summary.data()};
+          words.zero();
+          for (u32 pair = 0; pair < kPairs; ++pair) {
+            const u32 ping = 7 * pair % lab.num_sms, pong = (ping + 1 + 13 * pair) % lab.num_sms;
+            const PingPong game{ping,
+                                pong == ping ? (ping + 1) % lab.num_sms : pong,
+                                words.data() + pair * kPlaceWords,
+                                signal,
+                                payload,
+                                payloads.data(),
+                                kSize,
+                                cycles.data(),
+                                summary.data()};
             const Background background{lab.stream(slots), who, kWarmNs, 1'500'000, out.data()};
             lab.run(ping_pong_kernel, lab.num_sms, kSignalThreads, game, background, lab.start());
             const std::vector<u64> made = summary.read();

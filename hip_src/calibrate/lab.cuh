@@ -1,7 +1,7 @@
 #pragma once
 // The GPU as the benchmarks use it: a buffer far larger than L2, and launches of one block an SM.
 #include "device.cuh"
-#include "report.hpp"
+#include "report.cuh"
 
 //! Random bits: zeros can be read faster and use less power.
 __global__ void fill(uint4* data, u64 size) {

@@ -1,0 +1,123 @@
+"""From launches with one worker, which runs one task at a time, to what a kernel's tasks cost beyond the device.
+
+Each launch is simulated with these costs left out, on a machine that is idle as the card is then. What tasks take
+longer on the card is their fixed part. docs/model.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from flashmoe.calibrate.device import Parameter
+from flashmoe.calibrate.measurements import Measurements
+from flashmoe.machine import Machine, parameter_units
+from flashmoe.measured import MeasuredLayer
+from flashmoe.trace import KINDS, Trace
+from flashmoe.validate import kind_errors, simulate_as
+
+# Kinds that have a fixed part, and those of them whose weights go through the ring.
+_TIMED, _FED = ("gate", "route", "up", "down", "combine"), ("up", "down")
+
+
+def bare_machine(machine: Machine, measured: Measurements) -> Machine:
+    """The machine as one worker finds it, without what is to be found out."""
+    ticket = measured.one("ticket", "latency", what="one SM, words and SMs vary", streams="idle")
+    idle_ps = round(ticket.median * 1000)
+    unknown: dict[str, Any] = {key: 0 for key in parameter_units() if key.endswith("_overhead_ps")}
+    # lists are made, in no time: whoever routed waits for its own words, too
+    unknown |= {"prologue_ps": 0, "plan_ps": 1, "plan_token_ps": 0, "gap_ps": 0, "feed_bytes_per_ns": 0.0}
+    return replace(machine, **unknown, jitter=0.0, ticket_ps=idle_ps, ticket_far_ps=idle_ps)
+
+
+def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
+    """The kernel's rate, fixed parts by kind, prologue and lists. bare: see `bare_machine`.
+
+    Raises: ValueError unless each layer was launched with one worker, and there are two numbers of tokens.
+    """
+    for layer in layers:
+        if layer.trace.num_workers != 1:
+            raise ValueError(f"a launch with {layer.trace.num_workers} workers (must be 1: one task at a time)")
+    tokens = np.array([layer.trace.header["num_tokens"][0] for layer in layers], np.float64)
+    if len(set(tokens.tolist())) < 2:
+        raise ValueError(f"launches of {sorted(set(tokens.tolist()))} tokens (must be two numbers at least)")
+    parameters = _feed(layers, bare)
+    fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
+    pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
+    for kind in _TIMED:
+        # inside a chain it does not show: the end of a task lies beside the next
+        apart = [(layer, simulated) for layer, simulated in pairs if not _has_chains(layer, kind)]
+        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in apart]
+        missing_ns = [1000 * (error.measured_us - error.simulated_us) for error in errors if error is not None]
+        if missing_ns:
+            parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker")
+    # where all are in chains: the same warps end both
+    parameters.setdefault("down_overhead_ps", parameters["up_overhead_ps"])
+    starts_ns = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
+    parameters["prologue_ps"] = _fixed(starts_ns, "first instruction to the start of the first task, less a ticket")
+    lists_ns = np.array([_lists_ns(layer.trace) - _lists_ns(simulated) for layer, simulated in pairs])
+    slope_ns, fixed_ns = np.polyfit(tokens, lists_ns, 1)
+    spread_ns = float(np.max(np.abs(np.polyval([slope_ns, fixed_ns], tokens) - lists_ns)))
+    told = f"end of the last route to the first up of one worker, {min(tokens):.0f} to {max(tokens):.0f} tokens"
+    parameters["plan_ps"] = Parameter(max(0, round(fixed_ns * 1000)), spread_ns * 1000, "fitted", told)
+    parameters["plan_token_ps"] = Parameter(max(0, round(slope_ns * 1000)), 0.0, "fitted", told)
+    return parameters
+
+
+def _feed(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
+    """What a task costs where its weights do not hold it up: a fixed part and a time for each byte.
+
+    Least squares of the relative error of the time from start to start, over kinds and sizes of tasks.
+    """
+    times = [point for layer in layers for kind in _FED if (point := _start_to_start(layer, kind)) is not None]
+    num_bytes, step_ns = np.array(times).T
+    weights = 1 / step_ns
+    slope, fixed = np.polyfit(num_bytes, step_ns, 1, w=weights)
+    if slope * num_bytes.max() + fixed <= 1.05 * num_bytes.max() / bare.cu_bytes_per_ns:
+        slope = fixed = 0.0  # a CU's stream is slower: nothing was seen of the kernel
+    spread = float(np.std(weights * (slope * num_bytes + fixed) - 1))
+    told = f"start to start of up and down tasks of one worker, {len(times)} kinds and sizes: {spread:.0%} rms"
+    rate = 0.0 if slope <= 0 else 1 / float(slope)
+    return {
+        "feed_bytes_per_ns": Parameter(round(rate, 1), spread * rate, "fitted", told),
+        "gap_ps": Parameter(max(0, round(float(fixed) * 1000)), spread * float(fixed) * 1000, "fitted", told),
+    }
+
+
+def _start_to_start(layer: MeasuredLayer, kind: str) -> tuple[float, float] | None:
+    """Bytes of a task and the mean time from one start to the next [ns]; None without two picks of the kind.
+
+    Of a chain only the first start counts: how its tasks are told apart inside is the kernel's matter.
+    """
+    tasks, records = layer.table.tasks, layer.trace.records[np.argsort(layer.table.rows(layer.trace.records))]
+    heads = np.flatnonzero((tasks["kind"] == KINDS.index(kind)) & (tasks["chain"] > 0))
+    if len(heads) < 2:
+        return None
+    heads = heads[np.argsort(records["start_ps"][heads], kind="stable")]
+    num_tasks = int(tasks["chain"][heads[:-1]].sum())
+    passed_ps = int(records["start_ps"][heads[-1]] - records["start_ps"][heads[0]])
+    return float(np.median(tasks["weight_bytes"][heads])), passed_ps / num_tasks / 1000
+
+
+def _fixed(missing_ns: list[float], what: str) -> Parameter:
+    """Nothing takes less than no time: where the model without a fixed part is too slow already, there is none."""
+    value, spread = float(np.median(missing_ns)), float(np.ptp(missing_ns)) / 2
+    source = f"{what}: {value:.4g} ± {spread:.2g} ns over {len(missing_ns)} launches"
+    return Parameter(max(0, round(value * 1000)), spread * 1000, "measured", source)
+
+
+def _has_chains(layer: MeasuredLayer, kind: str) -> bool:
+    tasks = layer.table.tasks
+    return bool((tasks["chain"][tasks["kind"] == KINDS.index(kind)] != 1).any())
+
+
+def _first_start_ns(trace: Trace) -> float:
+    return float(trace.records["start_ps"].min()) / 1000
+
+
+def _lists_ns(trace: Trace) -> float:
+    records, kinds = trace.records, trace.kind_names
+    return float(records["start_ps"][kinds == "up"].min() - records["end_ps"][kinds == "route"].max()) / 1000

@@ -1,0 +1,200 @@
+// The loading warps: bring the tokens' rows into the slots of the ring, where
+// their inputs are there. They take the slots in turn, so that several trips to
+// memory are under way at once.
+#pragma once
+#include "group.cuh"
+
+namespace flashmoe::pipeline {
+
+template <Mode mode, bool traced>
+class Loader {
+  using R = Roles<mode>;
+
+ public:
+  __device__ Loader(Group& group, const TaskGraph& graph)
+      : group_(group), graph_(graph), warp_(threadIdx.x / 32 - R::load), lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    for (;;) {
+      group_.wait(group_.item_full(items_.slot), items_.parity);
+      if (group_.stopped()) break;
+      Item& item = group_.item(items_.slot);
+      if (item.kind == ItemKind::end) break;
+      if (item.kind == ItemKind::task) load(item);
+      __syncwarp();
+      sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
+      items_.advance(num_items);
+    }
+    sm90::wait_for_async_copies();  // they write this work-group's shared memory
+  }
+
+ private:
+  __device__ __forceinline__ void load(Item& item) {
+    const u32 block_tokens = graph_.tiling.block_tokens;
+    if (item.task_kind == TaskKind::up) {
+      load_rows<d_model>(item, item.first, item.num_tokens, none);
+    } else if (item.task_kind == TaskKind::down) {
+      if constexpr (mode == Mode::words) {
+        load_words(item);
+      } else {
+        for (u32 pass = 0; pass < item.passes; ++pass) {
+          const u32 rest = item.num_tokens - pass * block_tokens;
+          load_rows<d_ff>(item, item.first + pass * block_tokens, rest < block_tokens ? rest : block_tokens,
+                          item.block + pass);
+        }
+      }
+    }
+  }
+
+  //! Rows of x (block none) or hidden rows, for each slot that their weights fill.
+  template <u32 k>
+  __device__ __forceinline__ void load_rows(Item& item, u32 first, u32 count, u32 block) {
+    const Split split(item.row_tiles);
+    const u32 pitch = split.pitch_bytes();
+    const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
+    const char* rows = block == none ? static_cast<const char*>(group_.params.x)
+                                     : group_.template in_workspace<char>(group_.params.layout.hidden);
+    for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
+      if (is_mine()) {
+        if (block != none) wait_for_block(item, block);
+        if (k0 == 0) stamp_ready(item);
+        group_.wait(group_.slot_free(slots_.slot), slots_.parity);
+        if (group_.stopped()) return;
+        const u32 vectors = (k - k0 < split.slot_k() ? k - k0 : split.slot_k()) / 8;
+        const u32 to = group_.tokens_of(slots_.slot);
+        Cell cell{0, lane_};
+        for (cell.carry(vectors); cell.row < count; cell.v += 32, cell.carry(vectors)) {
+          const u32 which = block == none ? entries[cell.row] / top_k : entries[cell.row];
+          sm90::async_copy(to + cell.row * pitch + cell.v * 16,
+                           rows + (u64{which} * k + k0 + cell.v * 8) * 2);
+        }
+        sm90::arrive_after_async_copies(group_.tokens_full(slots_.slot));
+      }
+      next_slot();
+    }
+  }
+
+  //! Hidden rows as words: each is looked at until it is of this epoch; its
+  //! elements go to their token's column.
+  __device__ __forceinline__ void load_words(Item& item) {
+    constexpr u32 batch = 6;  // pairs of words of a lane on their way
+    const Split split(item.row_tiles);
+    const u32 pitch = split.pitch_bytes();
+    const u16* entries = group_.template in_shared<u16>(group_.at.entries) + item.first;
+    const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden);
+    for (u32 k0 = 0; k0 < d_ff; k0 += split.slot_k()) {
+      if (is_mine()) {
+        const u32 vectors = (d_ff - k0 < split.slot_k() ? d_ff - k0 : split.slot_k()) / 4;
+        bool is_free = false;
+        for (Cell begin{0, 0}; begin.row < item.num_tokens; begin.v += 32 * batch, begin.carry(vectors)) {
+          const u64* from[batch];
+          u32 to[batch];  // none: there is nothing left, and the lane looks at
+                          // the first words again
+          u64 words[batch][2];
+#pragma unroll
+          for (u32 i = 0; i < batch; ++i) {
+            Cell cell{begin.row, begin.v + i * 32 + lane_};
+            cell.carry(vectors);
+            const bool is_there = cell.row < item.num_tokens;
+            if (!is_there) cell = Cell{0, 0};
+            const u32 pair = entries[cell.row];
+            from[i] = hidden + u64{pair} * (d_ff / 2) + k0 / 2 + cell.v * 2;
+            to[i] = is_there ? pair / top_k * pitch + cell.v * 8 : none;
+          }
+          u32 turns = 0;
+          u64 since_ns = 0;
+          for (;;) {
+            // relaxed: the word is the data, and the epoch in it says that it
+            // is there
+#pragma unroll
+            for (u32 i = 0; i < batch; ++i) sm90::load_words(from[i], words[i][0], words[i][1]);
+            u32 other = 0;  // bits that are not this epoch's
+#pragma unroll
+            for (u32 i = 0; i < batch; ++i)
+              other |= (epoch_of(words[i][0]) ^ group_.epoch) | (epoch_of(words[i][1]) ^ group_.epoch);
+            if (__all_sync(~0u, other == 0)) break;
+            const bool go_on =
+                group_.keep_waiting(turns, since_ns, item.id, EventKind::upped, item.block, 0, group_.epoch);
+            if (!__all_sync(~0u, go_on)) return;
+          }
+          if (!is_free) {
+            if (k0 == 0) stamp_ready(item);
+            group_.wait(group_.slot_free(slots_.slot), slots_.parity);
+            is_free = true;
+          }
+          const u32 tokens = group_.tokens_of(slots_.slot);
+#pragma unroll
+          for (u32 i = 0; i < batch; ++i) {
+            if (to[i] != none)
+              sm90::store_shared(tokens + to[i], static_cast<u32>(words[i][0]),
+                                 static_cast<u32>(words[i][1]));
+          }
+        }
+        sm90::arrive(group_.tokens_full(slots_.slot));
+      }
+      next_slot();
+    }
+  }
+
+  //! A row of a block, and a vector of it.
+  struct Cell {
+    u32 row, v;
+    __device__ __forceinline__ void carry(u32 vectors) {
+      while (v >= vectors) {
+        v -= vectors;
+        ++row;
+      }
+    }
+  };
+
+  //! Until all up tasks of an expert block have brought their rows. Looks at 32
+  //! blocks at once: most are there.
+  __device__ __forceinline__ void wait_for_block(const Item& item, u32 block) {
+    const u32 target = graph_.up_per_block();
+    u32 turns = 0;
+    u64 since_ns = 0;
+    while (block < ready_begin_ || block >= ready_end_) {
+      const u32 mine = block + lane_;
+      bool ready = mine < graph_.plan.num_blocks();
+      // acquire: pairs with the signal warp's add_release; __syncwarp hands it
+      // on to the other lanes
+      if (ready)
+        ready = load_acquire<Scope::device>(group_.template in_workspace<u32>(group_.counters().upped) +
+                                            mine) == target;
+      const u32 ballot = __ballot_sync(~0u, ready);
+      __syncwarp();
+      if (ballot & 1u) {
+        ready_begin_ = block;
+        ready_end_ = block + (ballot == ~0u ? 32 : __ffs(static_cast<int>(~ballot)) - 1);
+        return;
+      }
+      const bool go_on = group_.keep_waiting(turns, since_ns, item.id, EventKind::upped, block, 0, target);
+      if (!__all_sync(~0u, go_on)) return;
+    }
+  }
+
+  //! With fewer slots than warps some have no part: a warp's next slot must be
+  //! one that was free after its last one.
+  __device__ __forceinline__ u32 sharing() const {
+    return group_.params.ring_slots < R::load_warps ? group_.params.ring_slots : R::load_warps;
+  }
+  __device__ __forceinline__ bool is_mine() const { return turn_ == warp_; }
+  __device__ __forceinline__ void next_slot() {
+    slots_.advance(group_.params.ring_slots);
+    turn_ = turn_ + 1 == sharing() ? 0 : turn_ + 1;
+  }
+  __device__ __forceinline__ void stamp_ready(Item& item) const {
+    if constexpr (traced) {
+      if (lane_ == 0) item.ready_delta = delta(item.ticket_ns, clock_ns());
+    }
+  }
+
+  Group& group_;
+  const TaskGraph& graph_;
+  u32 warp_, lane_;
+  u32 turn_ = 0;                         // of the loading warps, at the present slot
+  u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
+  Turn items_{0}, slots_{1};
+};
+
+}  // namespace flashmoe::pipeline

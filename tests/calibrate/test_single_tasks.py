@@ -1,0 +1,92 @@
+"""Costs of a kernel from launches with one worker: those of a machine that is known are found again."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import flashmoe as fm
+from flashmoe.calibrate.device import Parameter
+from flashmoe.calibrate.single_tasks import single_task_parameters
+from flashmoe.hw.tuned import tuned
+from flashmoe.machine import Machine, parameter_units
+from flashmoe.measured import MeasuredLayer
+from flashmoe.policy import resolve
+
+MODEL = fm.MoEModel(d_model=2048, d_ff=768, num_experts=16, top_k=4)
+NONE = {key: 0 for key in parameter_units() if key.endswith("_overhead_ps")}
+BARE = replace(
+    Machine.preset("h200"),
+    **NONE,
+    jitter=0.0,
+    gap_ps=0,
+    feed_bytes_per_ns=0.0,
+    prologue_ps=0,
+    plan_ps=1,
+    plan_token_ps=0,
+    finish_beside=True,
+    word_tokens=8,
+)
+TRUTH = {
+    "feed_bytes_per_ns": 60.0,
+    "gap_ps": 100_000,
+    "gate_overhead_ps": 700_000,
+    "route_overhead_ps": 900_000,
+    "up_overhead_ps": 200_000,
+    "down_overhead_ps": 200_000,
+    "combine_overhead_ps": 800_000,
+    "prologue_ps": 1_000_000,
+    "plan_ps": 3_000_000,
+    "plan_token_ps": 11_000,
+}
+
+
+def launched(tokens, machine, workers=1):
+    """A layer that was "measured" on a machine that is known."""
+    policy = resolve("static_phase", tuned(tokens).tiling)
+    routing = fm.Routing.uniform(MODEL, tokens, 1, seed=0)
+    clock = replace(machine, launch_ps=0, pe_spread=0.0)
+    trace = fm.simulate(MODEL, machine=clock, routing=routing, policy=policy, workers=workers)
+    return MeasuredLayer(trace, routing, np.array([trace.makespan_us]))
+
+
+@pytest.fixture(scope="module")
+def found():
+    truth = replace(BARE, **TRUTH)
+    return single_task_parameters([launched(tokens, truth) for tokens in (1, 4, 16, 64)], BARE)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("gate_overhead_ps", 0.01),
+        ("route_overhead_ps", 0.01),
+        ("combine_overhead_ps", 0.01),
+        ("prologue_ps", 0.01),
+        ("feed_bytes_per_ns", 0.05),
+        ("plan_ps", 0.05),
+        ("gap_ps", 0.2),
+        ("plan_token_ps", 0.3),
+        ("up_overhead_ps", 0.4),  # what the feed is off by is in it
+        ("down_overhead_ps", 0.4),
+    ],
+)
+def test_costs_are_found_again(found, name, tolerance):
+    assert found[name].value == pytest.approx(TRUTH[name], rel=tolerance)
+
+
+def test_nothing_else_is_claimed(found):
+    assert found.keys() == TRUTH.keys()
+    assert all(isinstance(parameter, Parameter) and parameter.spread >= 0 for parameter in found.values())
+
+
+def test_a_kernel_that_keeps_up_with_its_stream_has_no_rate_of_its_own():
+    layers = [launched(tokens, BARE) for tokens in (1, 4, 16)]
+    assert single_task_parameters(layers, BARE)["feed_bytes_per_ns"].value == 0
+
+
+def test_other_launches_are_refused():
+    with pytest.raises(ValueError, match="a launch with 3 workers"):
+        single_task_parameters([launched(1, BARE), launched(4, BARE, workers=3)], BARE)
+    with pytest.raises(ValueError, match=r"launches of \[4.0\] tokens"):
+        single_task_parameters([launched(4, BARE)], BARE)

@@ -1,0 +1,183 @@
+"""How a GPU kernel begins and ends tasks, on both engines: every time below is worked out by hand."""
+
+import pytest
+from sim.tables import HandPolicy, HandTable, plain_machine, run_engine
+
+from flashmoe.sim import ENGINES
+
+
+@pytest.fixture(params=list(ENGINES))
+def run(request):
+    """Runs a table on an engine: run(table, machine, workers, lists, queue=..., look_ahead=...)."""
+    return lambda *arguments, **options: run_engine(request.param, *arguments, **options)
+
+
+def waiting(kind="up"):
+    """A `down` of 1 ns that waits for a task of 5 ns."""
+    table = HandTable()
+    ready = table.event("upped")
+    table.task(kind, flops=5, signals=(ready,))
+    table.task("down", flops=1, waits=(ready,))
+    return table
+
+
+def planned(tokens):
+    """Two `up` of 1 ns that wait for the plan, which is there when a `route` of 4 ns has signalled it."""
+    table = HandTable()
+    table.task("route", flops=4, tokens=tokens, signals=(table.plan(),))
+    table.task("up", flops=1, waits=(table.plan(),))
+    table.task("up", flops=1, waits=(table.plan(),))
+    return table
+
+
+def test_a_release_follows_a_task_that_signals_and_then_the_signal_travels(run):
+    records = run(waiting(), plain_machine(release_ps=2_000, signal_ps=500), workers=2)
+    assert records["start_ps"].tolist() == [0, 7_500]
+    assert records["end_ps"].tolist() == [5_000, 8_500]  # the down signals nobody
+
+
+def test_a_worker_releases_one_task_after_the_other_beside_the_next(run):
+    table = HandTable()
+    ready = [table.event("upped") for _ in range(2)]
+    for event in ready:
+        table.task("up", flops=1, signals=(event,))
+    for event in ready:
+        table.task("down", flops=1, waits=(event,))
+    machine = plain_machine(release_ps=3_000, signal_ps=500)
+    records = run(table, machine, workers=3, queue="replay", lists=[[[0, 1], [2], [3]]])
+    assert records["start_ps"].tolist() == [0, 1_000, 4_500, 7_500]  # releases: 1 to 4, 4 to 7 ns
+
+
+def test_with_push_a_worker_releases_before_it_goes_on(run):
+    table = HandTable()
+    ready = table.event("upped")
+    table.task("route", signals=(table.plan(),))
+    table.task("up", flops=5, waits=(table.plan(),), signals=(ready,))
+    table.task("down", flops=1, waits=(ready,))
+    records = run(table, plain_machine(release_ps=2_000), queue="push")
+    assert records["end_ps"].tolist() == [0, 7_000, 8_000]
+
+
+def test_logits_and_routing_need_no_release(run):
+    records = run(waiting("gate"), plain_machine(release_ps=2_000, signal_ps=500), workers=2)
+    assert records["end_ps"].tolist() == [5_000, 6_500]
+
+
+def test_a_release_takes_longer_while_memory_is_busy(run):
+    table = HandTable()
+    table.task("up", weights=1000)
+    ready = table.event("upped")
+    table.task("up", flops=5, signals=(ready,))
+    table.task("down", waits=(ready,))
+    # one stream of 10 GB/s of 100 runs: 1 + 4 * 10 % of 1 ns
+    for beside in (False, True):
+        machine = plain_machine(release_ps=1_000, release_load_factor=5.0, finish_beside=beside)
+        assert run(table, machine, workers=3)["start_ps"][2] == 6_400
+
+
+def test_without_warps_for_it_the_end_of_a_task_holds_up_the_next(run):
+    table = HandTable()
+    for _ in range(3):
+        table.task("up", flops=5)
+    records = run(table, plain_machine(up_overhead_ps=3_000))
+    assert records["start_ps"].tolist() == [0, 8_000, 16_000]
+
+
+@pytest.mark.parametrize(
+    ("overhead_ps", "ends_ps"),
+    [
+        (3_000, [8_000, 13_000, 18_000]),
+        (7_000, [12_000, 19_000, 26_000]),  # one at a time: each begins when the one before has ended
+    ],
+)
+def test_tasks_end_beside_the_next_one_at_a_time(run, overhead_ps, ends_ps):
+    table = HandTable()
+    for _ in range(3):
+        table.task("up", flops=5)
+    records = run(table, plain_machine(up_overhead_ps=overhead_ps, finish_beside=True))
+    assert records["start_ps"].tolist() == [0, 5_000, 10_000]
+    assert records["done_ps"].tolist() == [5_000, 10_000, 15_000]
+    assert records["end_ps"].tolist() == ends_ps
+
+
+def test_a_task_that_ends_beside_another_signals_at_its_end(run):
+    table = waiting()
+    table.task("up", flops=20)
+    machine = plain_machine(up_overhead_ps=3_000, release_ps=2_000, signal_ps=500, finish_beside=True)
+    records = run(table, machine, workers=2, queue="replay", lists=[[[0, 2], [1]]])
+    assert records["start_ps"].tolist() == [0, 10_500, 5_000]
+
+
+def test_with_push_a_worker_ends_its_task_before_it_takes_another(run):
+    table = HandTable()
+    table.task("route", signals=(table.plan(),))
+    for _ in range(2):
+        table.task("up", flops=5, waits=(table.plan(),))
+    records = run(table, plain_machine(up_overhead_ps=3_000, finish_beside=True), queue="push")
+    assert records["start_ps"].tolist() == [0, 0, 8_000]
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_launch_is_over_when_the_last_task_has_ended(engine):
+    first, second = HandTable(), HandTable()
+    first.task("up", flops=5)
+    second.task("gate", flops=1)
+    machine = plain_machine(up_overhead_ps=3_000, finish_beside=True)
+    records = ENGINES[engine]([first, second], machine, HandPolicy(), 1, gap_ps=1_000)
+    assert records["start_ps"].tolist() == [0, 9_000]
+
+
+def test_every_worker_makes_its_lists_the_one_that_routed_too(run):
+    machine = plain_machine(signal_ps=500, plan_ps=1_000, plan_token_ps=100)
+    for workers in (1, 3):
+        records = run(planned(tokens=3), machine, workers=workers)
+        assert records["ready_ps"].tolist() == [0, 5_800, 5_800]  # 4 + 0.5 + 1 + 3 * 0.1 ns
+
+
+def test_with_few_tokens_every_worker_routes_for_itself(run):
+    machine = plain_machine(signal_ps=500, plan_ps=1_000, word_tokens=3)
+    assert run(planned(tokens=3), machine, workers=3)["ready_ps"].tolist() == [0, 5_000, 5_000]
+    assert run(planned(tokens=4), machine, workers=3)["ready_ps"].tolist() == [0, 5_500, 5_500]
+
+
+@pytest.mark.parametrize("queue", ["ticket", "domain"])
+def test_the_first_tickets_may_come_with_the_launch(run, queue):
+    table = HandTable()
+    for _ in range(5):
+        table.task("up", flops=1)
+    machine = plain_machine(ticket_ps=1_000, ticket_far_ps=1_000, num_domains=2, first_given=True)
+    records = run(table, machine, workers=3, queue=queue)
+    assert records["ticket_ps"][:3].tolist() == [0, 0, 0]
+    assert records["worker"][:3].tolist() == [0, 1, 2]
+    assert records["ticket_ps"][3:].tolist() == [1_000, 1_000]  # asked for while the first tasks run
+    assert sorted(records["worker"][3:].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(("early", "asked_ps"), [(True, [0, 1_000, 2_500]), (False, [0, 2_000, 4_000])])
+def test_the_next_pick_is_asked_for_as_a_task_starts_or_as_its_weights_are_there(run, early, asked_ps):
+    table = HandTable()
+    for _ in range(3):
+        table.task("up", weights=10, flops=1)
+    machine = plain_machine(ticket_ps=1_000, ask_early=early, up_overhead_ps=500)
+    records = run(table, machine, queue="ticket")
+    assert records["asked_ps"].tolist() == asked_ps
+    # asked for early, the second one's weights follow those of the first at once
+    assert records["loaded_ps"].tolist() == ([2_000, 3_000, 4_500] if early else [2_000, 4_000, 6_000])
+
+
+def test_weights_take_time_from_where_they_have_arrived(run):
+    table = HandTable()
+    for _ in range(2):
+        table.task("up", weights=30)
+    records = run(table, plain_machine(feed_bytes_per_ns=5.0))  # half of what a CU streams
+    assert records["loaded_ps"].tolist() == [3_000, 6_000]
+    assert records["end_ps"].tolist() == [6_000, 12_000]
+    assert run(table, plain_machine(feed_bytes_per_ns=20.0))["end_ps"].tolist() == [3_000, 6_000]
+
+
+def test_words_are_their_own_signal(run):
+    table = waiting()
+    table.task("route", tokens=2)
+    for word_tokens, down_ps in ((2, 5_500), (1, 7_500)):
+        machine = plain_machine(release_ps=2_000, signal_ps=500, word_tokens=word_tokens)
+        assert run(table, machine, workers=3)["start_ps"][1] == down_ps
