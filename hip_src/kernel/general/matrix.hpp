@@ -31,7 +31,7 @@ struct PassRows {
 template <u32 k>
 FLASHMOE_DEVICE void multiply_share(const char* tile, const PassRows& pass, u32 wave, u32 lane,
                                     arch::Sums (&sums)[column_groups]) {
-  constexpr u32 chunks = k / built::chunk_k, in_flight = 2;
+  constexpr u32 chunks = k / built::chunk_k, in_flight = 4;
   for (u32 first = wave; first < chunks; first += crew_waves * in_flight) {
     arch::Weights weights[in_flight];
 #pragma unroll
