@@ -183,7 +183,7 @@ class _CpuRunner:
     """The CPU backend on tensors, without copies of the weights."""
 
     def __init__(self, model: MoEModel, weights: list[Tensor], **options: Any) -> None:
-        chosen = choose(options.pop("policy"), model, options["max_tokens"])
+        chosen = choose(options.pop("policy"), options["max_tokens"])
         self._model, self._trace = model, options["trace"]
         self.layer = Layer(model, Weights(*map(_to_numpy, weights)), policy=chosen, **options)
         self._last: Trace | None = None

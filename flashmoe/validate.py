@@ -210,7 +210,7 @@ def measure_cells(
     from flashmoe.hw.tuned import tuned
 
     launches = [
-        Launch(resolve(policy, tuned(model, count).tiling), Routing.parse(skew, model, count, 1, seed))
+        Launch(resolve(policy, tuned(count).tiling), Routing.parse(skew, model, count, 1, seed))
         for count, skew, policy in itertools.product(tokens, skews, policies)
     ]
     return measure_layers(model, launches, repeats=repeats, seed=seed, progress=progress)

@@ -47,7 +47,7 @@ def test_the_same_bits_as_run():
     idx, weights, routing = draw_routing(7)
     for policy in ("tuned", "ancestor"):
         module = make(policy=policy, workers=2)
-        chosen = tuned(MODEL, 16) if policy == "tuned" else policy
+        chosen = tuned(16) if policy == "tuned" else policy
         for given, ours in ((None, module(x)), (routing, module(x, idx, weights))):
             theirs = fm.run(MODEL, WEIGHTS, [array], policy=chosen, routing=given).outputs[0]
             assert torch.equal(ours, to_torch(theirs))

@@ -33,7 +33,7 @@ class PackedSets:
         """One for each weight set. variant: see `policy_variants`."""
         name, comma, _ = variant.partition(",")
         policy = name if name == "tuned" else resolve(name)
-        tiling = tuned(self.model, max_tokens).tiling if comma else None
+        tiling = tuned(max_tokens).tiling if comma else None
         return [
             DeviceLayer(
                 self.model,

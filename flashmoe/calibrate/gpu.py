@@ -54,7 +54,7 @@ def measure_single_tasks(model: MoEModel, *, repeats: int = 3, seed: int = 0) ->
     """Launch layers with one worker. Raises: as `DeviceLayer`."""
     launches = []
     for tokens in TOKENS:
-        policy = resolve("static_phase", tuned(model, tokens).tiling)
+        policy = resolve("static_phase", tuned(tokens).tiling)
         launches.append(Launch(policy, Routing.uniform(model, tokens, 1, seed=seed), workers=1))
     return measure_layers(model, launches, repeats=repeats, seed=seed)
 

@@ -49,8 +49,8 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
     for kind in _TIMED:
         # inside a chain it does not show: the end of a task lies beside the next
-        told = [(layer, simulated) for layer, simulated in pairs if not _has_chains(layer, kind)]
-        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in told]
+        apart = [(layer, simulated) for layer, simulated in pairs if not _has_chains(layer, kind)]
+        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in apart]
         missing_ns = [1000 * (error.measured_us - error.simulated_us) for error in errors if error is not None]
         if missing_ns:
             parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker")

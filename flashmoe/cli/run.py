@@ -131,7 +131,7 @@ def run(
     sizes.experts_per_pe(pes)
     per_pe = [counts] * pes if isinstance(counts, int) else counts
     if trace is None:
-        chosen = choose(policy or default_policy, sizes, max(per_pe), pes)
+        chosen = choose(policy or default_policy, max(per_pe))
         chosen = chosen.with_tiling(inputs.choose_tiling(chosen, granularity, down))
     else:
         chosen = inputs.policy_of(trace, gate=given is None)

@@ -88,7 +88,7 @@ def run(
         ep_size=len(x),
         max_tokens=max_tokens,
         workers=(4 if backend == "cpu" else 0) if workers is None else workers,
-        policy=choose(policy or ("ticket" if backend == "cpu" else "tuned"), model, max_tokens, len(x)),
+        policy=choose(policy or ("ticket" if backend == "cpu" else "tuned"), max_tokens),
         tiling=tiling,
         domains=domains,
         deadline_s=deadline_s,

@@ -75,7 +75,7 @@ class DeviceLayer:
             raise ValueError(f"kernel={kernel!r} (accepted: {', '.join(KERNELS)})")
         model.experts_per_pe(ep_size)
         if policy == "tuned":
-            policies = [(most, best.with_tiling(tiling)) for most, best in tuned_ranges(model, max_tokens, ep_size)]
+            policies = [(most, best.with_tiling(tiling)) for most, best in tuned_ranges(max_tokens)]
         else:
             policies = [(max_tokens, resolve(policy, tiling))]
         self.model, self.ep_size, self.max_tokens, self.backend = model, ep_size, max_tokens, backend

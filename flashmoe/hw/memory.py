@@ -30,7 +30,7 @@ def layer_memory(model: MoEModel, max_tokens: int, *, workers: int = 132, domain
         _native.device_workspace_bytes(
             shape=shape, tiling=policy.tiling.native(), max_tokens=most, num_workers=workers, num_domains=domains
         )
-        for most, policy in tuned_ranges(model, max_tokens)
+        for most, policy in tuned_ranges(max_tokens)
     )
     return LayerMemory(
         weights=model.gate_bytes + model.num_experts * model.expert_bytes,

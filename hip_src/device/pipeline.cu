@@ -1,38 +1,21 @@
-// The pipelined kernel: its instances, and their launches.
+// The pipelined kernel: launches of its instances.
 #include <vector>
 
 #include "layer.hpp"
-#include "pipeline/kernel.cuh"
+#include "pipeline.hpp"
 
 namespace flashmoe::pipeline {
 
 namespace {
 
-using Kernel = void (*)(Params);
-struct Instance {
-  Kernel kernel, traced;
-  u32 groups;  // of 8 tokens in a block
-  Mode mode;
-  const char* name;
-};
-template <u32 groups, Mode mode>
-Instance instance(const char* name) {
-  return Instance{moe_layer<groups, mode, false>, moe_layer<groups, mode, true>, groups, mode, name};
-}
-// The first that fits is taken.
-const Instance instances[] = {
-    instance<1, Mode::words>("pipeline, words"),
-    instance<2, Mode::rows>("pipeline, rows, blocks of 16"),
-    instance<4, Mode::rows>("pipeline, rows, blocks of 32"),
-    instance<2, Mode::tiles>("pipeline, tiles, blocks of 16"),
-    instance<4, Mode::tiles>("pipeline, tiles, blocks of 32"),
-    instance<8, Mode::tiles>("pipeline, tiles, blocks of 64"),
-};
+//! The first that fits is taken.
 const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
   const Mode mode = mode_of(tiling, num_tokens);
-  for (const Instance& i : instances)
-    if (i.mode == mode && (mode == Mode::words || tiling.block_tokens <= 8 * i.groups)) return i;
-  return instances[0];  // refused when the layer was made
+  const Instances instances = mode == Mode::words ? words() : mode == Mode::rows ? rows() : tiles();
+  for (u32 i = 0; i < instances.size; ++i)
+    if (mode == Mode::words || tiling.block_tokens <= 8 * instances.first[i].groups)
+      return instances.first[i];
+  return instances.first[0];  // refused when the layer was made
 }
 
 //! More bytes in flight than the memory needs only queue in front of everything else.
@@ -44,10 +27,6 @@ u32 shared_bytes(const Tiling& tiling, u32 num_tokens) {
 }
 constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
 
-Shape shape_on_one_pe() {
-  return Shape{d_model, d_ff, num_experts, top_k, 1, norm_topk ? 1u : 0u, DType::bf16};
-}
-
 struct Layer : FlashmoeLayer {
   Layout layout;
   DeviceMemory workspace, report, records, logs;
@@ -57,19 +36,21 @@ struct Layer : FlashmoeLayer {
     if (num_workers > device.num_cus)
       return fail("%u workers (the card has %u SMs, and all workers must run at once)", num_workers,
                   device.num_cus);
-    layout = Layout::of(shape_on_one_pe(), tiling, config.max_tokens, num_workers, config.num_domains);
+    layout = Layout::of(built::shape(1), tiling, config.max_tokens, num_workers, config.num_domains);
     if (workspace.allocate(layout.bytes, "workspace") ||
         report.allocate(sizeof(FaultReport), "fault report") ||
         records.allocate(u64{num_workers} * config.trace_capacity * sizeof(TraceRecord), "trace") ||
         logs.allocate(num_workers * sizeof(WorkerLog), "trace"))
       return 1;
-    for (const Instance& i : instances) {
-      for (Kernel kernel : {i.kernel, i.traced}) {
-        if (check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(most_shared_bytes)),
-                  "shared memory"))
-          return 1;
+    for (const Instances& instances : {words(), rows(), tiles()}) {
+      for (u32 i = 0; i < instances.size; ++i) {
+        for (Kernel kernel : {instances.first[i].kernel, instances.first[i].traced}) {
+          if (check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(most_shared_bytes)),
+                    "shared memory"))
+            return 1;
+        }
       }
     }
     return 0;
@@ -163,7 +144,7 @@ int refuse(const FlashmoeConfig& c, const Tiling& t) {
   const u32 most_tokens = t.down == Down::rows ? 32 : 64;
   if (t.block_tokens > most_tokens)
     return fail("block_tokens=%u (the pipelined kernel does 1..%u)", t.block_tokens, most_tokens);
-  if (t.down == Down::rows && t.groups(shape_on_one_pe()) > 32)
+  if (t.down == Down::rows && t.groups(built::shape(1)) > 32)
     return fail("experts_per_pick=%u (the pipelined kernel does up to 32 groups)", t.experts_per_pick);
   for (u32 tokens : {c.max_tokens, c.max_tokens < max_words_tokens ? c.max_tokens : max_words_tokens}) {
     const u32 bytes = shared_bytes(t, tokens);

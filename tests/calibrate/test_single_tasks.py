@@ -43,7 +43,7 @@ TRUTH = {
 
 def launched(tokens, machine, workers=1):
     """A layer that was "measured" on a machine that is known."""
-    policy = resolve("static_phase", tuned(MODEL, tokens).tiling)
+    policy = resolve("static_phase", tuned(tokens).tiling)
     routing = fm.Routing.uniform(MODEL, tokens, 1, seed=0)
     clock = replace(machine, launch_ps=0, pe_spread=0.0)
     trace = fm.simulate(MODEL, machine=clock, routing=routing, policy=policy, workers=workers)

@@ -200,7 +200,7 @@ def test_a_given_routing(fake):
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_tuned_goes_by_the_tokens_of_a_launch(fake, ep_size):
     layer = make(ep_size=ep_size, max_tokens=300)
-    ranges = tuned_ranges(MODEL, 300, ep_size)
+    ranges = tuned_ranges(300)
     assert layer.workspace_bytes == sum(1000 + most for most, _ in ranges)
     for most, policy in ranges:
         result = layer(tokens(most, *[0] * (ep_size - 1)))
@@ -214,12 +214,12 @@ def test_tuned_goes_by_the_tokens_of_a_launch(fake, ep_size):
 
 def test_tuned_ranges_are_what_tuned_says_and_end_at_max_tokens():
     for max_tokens in (0, 1, 8, 9, 64, 1024):
-        ranges = tuned_ranges(MODEL, max_tokens)
+        ranges = tuned_ranges(max_tokens)
         assert [most for most, _ in ranges] == sorted({most for most, _ in ranges})
         assert ranges[-1][0] == max_tokens
-        assert all(policy == tuned(MODEL, most) for most, policy in ranges)
+        assert all(policy == tuned(most) for most, policy in ranges)
     with pytest.raises(ValueError, match="num_tokens=1025"):
-        tuned(MODEL, 1025)
+        tuned(1025)
 
 
 def by_count(task):
@@ -380,7 +380,7 @@ def test_flashmoe_run_on_a_card(fake, preset, tmp_path):
     result = command("--backend", "cuda", "--tokens", "9", "--out", str(out), "--json", status=1)
     inputs = json.loads(result.stdout)["inputs"]
     assert (inputs["backend"], inputs["pes"], inputs["workers"], inputs["policy"]) == ("cuda", 1, 12, "tuned")
-    assert inputs["tiling"] == tuned(MODEL, 9).tiling.to_dict()
+    assert inputs["tiling"] == tuned(9).tiling.to_dict()
     assert "relative error" in result.stderr
     header = fm.Trace.load(out).header
     assert (header["num_workers"], header["drops"], header["num_tokens"]) == (12, 12, [9])
