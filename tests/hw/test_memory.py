@@ -17,11 +17,11 @@ def test_weights_and_scratch():
 
 
 def test_the_workspace_holds_what_the_layer_is_made_of():
-    """At least hidden rows and router logits of all tokens; twice the tokens, less than twice the memory."""
+    """At least hidden rows and router logits of all tokens. The tunings for fewer tokens have their own on top."""
     model = fm.MoEModel.preset("qwen3-30b-a3b")
     few, many = (layer_memory(model, count).workspace for count in (512, 1024))
     assert many >= 1024 * (model.top_k * model.d_ff * 2 + model.num_experts * 4)
-    assert few < many < 2 * few
+    assert 2 * few < many < 3 * few  # 1024 tokens have what 512 have, and as much again for each half of theirs
     # a thousand tokens need no more than the weights of an eighth of the experts
     assert many < layer_memory(model, 1024).weights / 8
 
