@@ -262,6 +262,7 @@ def test_exit_status(bench) -> None:
     assert "unknown suffix" in call("--report", "page.txt", status=2).stderr
 
 
-def test_doctor_says_what_to_install(bench) -> None:
-    text = "".join(CliRunner().invoke(app, ["doctor"]).output.split())  # a narrow screen breaks lines anywhere
-    assert "nvccisnotinPATH" in text and "neitherhipccnorclang++-19" in text and str(bench.cache) in text
+def test_doctor_says_what_to_install(bench, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    text = CliRunner().invoke(app, ["doctor"]).output
+    assert "nvcc is not in PATH" in text and "neither hipcc nor clang++-19" in text and str(bench.cache) in text
