@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.hw import prepare
 from flashmoe.hw.device import DeviceLayer
 from flashmoe.hw.packed import PackedWeights
 from flashmoe.measured import MeasuredLayer
@@ -57,6 +58,7 @@ def measure_layers(
     Before each launch another runs with the experts renamed, so that no weights of the layer are left in the cache.
     Raises: as `DeviceLayer`; RuntimeError when the router chose other experts than it was meant to.
     """
+    prepare(model, backend)  # without a card it fails before weights are drawn
     weights = Weights.random(model, seed=seed)
     gate = np.asarray(weights.gate, np.float32)
     packed = PackedWeights(model, weights, backend=backend)
