@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flashmoe import MoEModel, _native
-from flashmoe.cli import app
+from flashmoe.cli import app, screen
 from flashmoe.hw import build, compilers
 from flashmoe.hw.build import build_library, log_of
 from flashmoe.hw.compilers import BuildError, find_compiler
@@ -263,6 +263,6 @@ def test_exit_status(bench) -> None:
 
 
 def test_doctor_says_what_to_install(bench, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    monkeypatch.setattr(screen.out, "width", 1000)  # no line is broken
     text = CliRunner().invoke(app, ["doctor"]).output
     assert "nvcc is not in PATH" in text and "neither hipcc nor clang++-19" in text and str(bench.cache) in text
