@@ -124,9 +124,10 @@ class Picker {
     items_.advance(num_items);
   }
 
-  //! Until the stream has come to the last item: a worker that held more would
-  //! take work from the others.
+  //! Until the stream has come to the last item: a worker that held more would take work from the others. A
+  //! combine has nothing to stream, and has to be done.
   __device__ bool one_ahead() {
+    if (item_.kind == ItemKind::task && item_.task_kind == TaskKind::combine) return drain();
     if (any_item_) group_.wait(group_.item_begun(last_item_.slot), last_item_.parity ^ 1);
     return !group_.stopped();
   }
