@@ -301,6 +301,19 @@ def test_every_order_holds_every_pick_and_puts_none_before_its_inputs(layer):
             assert_sound(table, interleave(table, heads))
 
 
+@random_layers
+@given(layer=layers())
+def test_a_worker_decodes_its_ranks_as_the_graph_does(layer):
+    """In whatever steps it takes them: alone, or with others that take the ranks between."""
+    model, routing, tiling = layer
+    for gate in (True, False):
+        table = TaskTable(model, routing, tiling, gate=gate)
+        for order in range(len(ORDERS)):
+            for pe in range(table.num_pes):
+                for stride in (1, 3, 40):
+                    assert table._native.wrongly_decoded(pe, order, stride).tolist() == []
+
+
 def interleave(table, heads):
     """Play each PE's order in turn as far as its inputs allow; a PE that is stuck waits for the others."""
     done = np.zeros(len(table.event_target), np.int64)

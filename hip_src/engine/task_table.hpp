@@ -47,6 +47,29 @@ class TaskTable {
     return ids;
   }
 
+  //! Ranks at which a PickDecoder that steps through every `stride`-th rank says other than the graph; for
+  //! tests.
+  std::vector<u32> wrongly_decoded(u32 pe, Order order, u32 stride) {
+    plan.rank_experts(pe, order);
+    const TaskGraph& graph = plan.graphs()[pe];
+    const PickOrder picks(graph, order);
+    std::vector<u32> wrong;
+    for (u32 start = 0; start < stride; ++start) {
+      PickDecoder decode(picks);
+      decode.count();
+      if (decode.size() != picks.size() || decode.num_early() != picks.num_early()) wrong.push_back(none);
+      for (u32 rank = start; rank < picks.size(); rank += stride) {
+        const Task task = decode(rank), wanted = graph.decode(picks[rank]);
+        const bool same = task.id == wanted.id && task.kind == wanted.kind && task.expert == wanted.expert &&
+                          task.tile == wanted.tile && task.block == wanted.block &&
+                          task.first == wanted.first && task.num_tokens == wanted.num_tokens &&
+                          task.peer == wanted.peer;
+        if (!same || decode.chain() != graph.chain(task.id)) wrong.push_back(rank);
+      }
+    }
+    return wrong;
+  }
+
  private:
   void add_tasks(const TaskGraph& graph) {
     for (u32 id = graph.first_task(); id < graph.end_task(); ++id) {

@@ -154,39 +154,106 @@ class PickDecoder {
       : order_(order),
         graph_(order.graph),
         early_(order.num_early()),
+        first_task_(order.graph.first_task()),
+        first_route_(order.graph.first_route()),
+        first_dispatch_(order.graph.first_dispatch()),
         first_up_(order.graph.first_up()),
+        gate_tiles_(order.graph.tiling.gate_tiles(order.graph.shape)),
         up_(order.graph.up_per_block()),
         down_(order.graph.by_rows() ? order.graph.tiling.down_tiles(order.graph.shape)
                                     : order.graph.down_per_block()),
         combine_(order.graph.num_combine()) {}
 
+  FLASHMOE_FN u32 num_early() const { return early_; }
   //! The plan is there.
   FLASHMOE_FN void count() {
-    num_up_ = graph_.plan.num_blocks() * up_;
-    size_ = early_ + num_up_ +
-            down_ * (graph_.by_rows() ? order_.num_active_groups() : graph_.plan.num_blocks()) + combine_;
+    const u32 blocks = graph_.plan.num_blocks();
+    active_groups_ = graph_.by_rows() ? order_.num_active_groups() : 0;
+    num_up_ = blocks * up_;
+    num_down_ = down_ * (graph_.by_rows() ? active_groups_ : blocks);
+    first_down_ = first_up_ + num_up_;
+    size_ = early_ + num_up_ + num_down_ + combine_;
   }
   FLASHMOE_FN u32 size() const { return size_; }
 
-  //! As graph.decode(order[rank]).
+  //! As graph.decode(order[rank]); needs the plan from num_early() on.
   FLASHMOE_FN Task operator()(u32 rank) {
-    const u32 index = rank - early_;
-    const bool is_up = rank >= early_ && index < num_up_ && !order_.depth_first && !graph_.whole_experts();
-    if (!is_up) return graph_.decode(order_[rank]);
-    const Plan& plan = graph_.plan;
-    const u32 in_sequence = index / up_, tile = index % up_;
-    if (in_sequence < plan.sequence_offset[place_]) place_ = 0;
-    while (in_sequence >= plan.sequence_offset[place_ + 1]) ++place_;
-    const u32 local = plan.sequence[place_];
-    const u32 block = plan.block_offset[local] + in_sequence - plan.sequence_offset[place_];
-    return graph_.expert_task(first_up_ + block * up_ + tile, TaskKind::up, local, block, tile);
+    chain_ = 1;
+    if (rank < early_) return early(first_task_ + rank);
+    u32 index = rank - early_;
+    if (order_.depth_first && index < num_up_ + num_down_) {
+      find_place(index / (up_ + down_));
+      index -= graph_.plan.sequence_offset[place_] * (up_ + down_);
+      const u32 num_expert_up = graph_.plan.expert_blocks(graph_.plan.sequence[place_]) * up_;
+      return index < num_expert_up ? up(index / up_, index % up_)
+                                   : down((index - num_expert_up) / down_, (index - num_expert_up) % down_);
+    }
+    if (index < num_up_) {
+      const u32 in_sequence = index / up_;
+      find_place(in_sequence);
+      return up(in_sequence - graph_.plan.sequence_offset[place_], index % up_);
+    }
+    index -= num_up_;
+    if (index >= num_down_) {
+      const u32 block = index - num_down_;
+      return graph_.token_block(first_down_ + graph_.num_down() + block, TaskKind::combine, block,
+                                graph_.tiling.combine_tokens);
+    }
+    if (graph_.by_rows()) return first_of_chain(index / active_groups_, index % active_groups_);
+    const u32 in_sequence = index / down_;
+    find_place(in_sequence);
+    return down(in_sequence - graph_.plan.sequence_offset[place_], index % down_);
   }
+  //! Tasks of the pick that was decoded last.
+  FLASHMOE_FN u32 chain() const { return chain_; }
 
  private:
+  FLASHMOE_FN Task early(u32 id) const {
+    const u32 tokens = graph_.tiling.gate_tokens;
+    if (id < first_route_)
+      return graph_.token_block(id, TaskKind::gate, id / gate_tiles_, tokens, id % gate_tiles_);
+    if (graph_.shape.num_pes == 1 || id < first_dispatch_)
+      return graph_.token_block(id, TaskKind::route, id - first_route_, tokens);
+    return graph_.decode(id);
+  }
+  //! The place in the sequence of the expert that has this block, counted in the sequence.
+  FLASHMOE_FN void find_place(u32 block) {
+    if (block < graph_.plan.sequence_offset[place_]) place_ = 0;
+    while (block >= graph_.plan.sequence_offset[place_ + 1]) ++place_;
+  }
+  // of the expert at place_: its block-th block
+  FLASHMOE_FN Task up(u32 block_of_expert, u32 tile) const {
+    const bool whole = graph_.whole_experts();
+    const u32 local = graph_.plan.sequence[place_], block = graph_.plan.block_offset[local] + block_of_expert;
+    return graph_.expert_task(first_up_ + block * up_ + tile, whole ? TaskKind::expert : TaskKind::up, local,
+                              block, whole ? none : tile);
+  }
+  FLASHMOE_FN Task down(u32 block_of_expert, u32 tile) const {
+    const u32 local = graph_.plan.sequence[place_], block = graph_.plan.block_offset[local] + block_of_expert;
+    return graph_.expert_task(first_down_ + block * down_ + tile, TaskKind::down, local, block, tile);
+  }
+  FLASHMOE_FN Task first_of_chain(u32 tile, u32 skip) {
+    const Plan& plan = graph_.plan;
+    u32 group = 0;
+    while (graph_.group_begin(group) == graph_.group_begin(group + 1) || skip-- > 0) ++group;
+    const u32 place = graph_.group_begin(group), local = plan.active[place];
+    chain_ = graph_.group_begin(group + 1) - place;
+    return Task{first_down_ + tile * plan.num_active() + place,
+                TaskKind::down,
+                graph_.pe * plan.num_local + local,
+                tile,
+                plan.block_offset[local],
+                plan.entry_offset[local],
+                plan.expert_tokens(local),
+                none};
+  }
+
   const PickOrder& order_;
   const TaskGraph& graph_;
-  u32 early_, first_up_, up_, down_, combine_;
-  u32 num_up_ = 0, size_ = 0, place_ = 0;
+  u32 early_, first_task_, first_route_, first_dispatch_, first_up_, gate_tiles_, up_, down_, combine_;
+  u32 num_up_ = 0, num_down_ = 0, first_down_ = 0, active_groups_ = 0, size_ = 0;
+  u32 place_ = 0;  // in the sequence, of the last pick
+  u32 chain_ = 1;
 };
 
 }  // namespace flashmoe

@@ -96,6 +96,12 @@ struct TaskGraph {
     if (place != group_begin(group)) return 0;
     return group_begin(group + 1) - place;
   }
+  //! A task of a block of the PE's own tokens.
+  FLASHMOE_FN Task token_block(u32 id, TaskKind kind, u32 block, u32 block_tokens, u32 tile = none) const {
+    const u32 first = block * block_tokens;
+    const u32 rest = num_tokens - first;
+    return Task{id, kind, none, tile, block, first, rest < block_tokens ? rest : block_tokens, none};
+  }
   //! A task of a block whose expert is known.
   FLASHMOE_FN Task expert_task(u32 id, TaskKind kind, u32 local, u32 block, u32 tile) const {
     const u32 skipped = (block - plan.block_offset[local]) * tiling.block_tokens;
@@ -249,12 +255,6 @@ struct TaskGraph {
   }
 
  private:
-  FLASHMOE_FN Task token_block(u32 id, TaskKind kind, u32 block, u32 block_tokens, u32 tile = none) const {
-    const u32 first = block * block_tokens;
-    const u32 rest = num_tokens - first;
-    return Task{id, kind, none, tile, block, first, rest < block_tokens ? rest : block_tokens, none};
-  }
-
   FLASHMOE_FN Task expert_block(u32 id, TaskKind kind, u32 block, u32 tile) const {
     return expert_task(id, kind, bucket_of(plan.block_offset, plan.num_local, block), block, tile);
   }
