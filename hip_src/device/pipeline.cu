@@ -123,7 +123,7 @@ struct Layer : FlashmoeLayer {
     const u32 tasks = static_cast<u32>(log[worker].num_tasks);
     *size = tasks < capacity ? tasks : capacity;
     *drops = tasks - *size;
-    for (u32 i = 0; i < *size; ++i) mine[i].start_ns -= first;
+    for (u32 i = 0; i < *size; ++i) mine[i].start_ns += log[worker].begin_ns - first;
     return 0;
   }
 };

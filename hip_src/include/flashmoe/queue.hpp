@@ -18,6 +18,8 @@ FLASHMOE_FN u32 home_domain(u32 worker, u32 domains) { return worker % domains; 
 //! which spares each a trip to the counter (where all workers surely run).
 enum class FirstTickets : u32 { asked_for = 0, given = 1 };
 
+constexpr u32 elsewhere = none - 1;  // no rank: a worker's domain has no more, but another has
+
 //! `ticket`, `domain` and `stride`: ranks of the policy's order. The number of picks may still be unknown
 //! (none).
 class RankSource {
@@ -39,18 +41,25 @@ class RankSource {
   //! The next rank for this worker, or none when all its sources are exhausted. While num_picks is unknown
   //! the rank may turn out to be past the end: ask again then.
   FLASHMOE_FN u32 next(u32 num_picks) {
+    u32 rank;
+    do rank = try_next(num_picks);
+    while (rank == elsewhere);
+    return rank;
+  }
+  //! As `next`; or `elsewhere`, when the next one will be taken from another domain.
+  FLASHMOE_FN u32 try_next(u32 num_picks) {
     switch (kind_) {
       case QueueKind::ticket:
         return within(take(0), num_picks);
       case QueueKind::stride:
         return within(worker_ + num_workers_ * turn_++, num_picks);
-      case QueueKind::domain:
-        while (domain_ != none) {
-          const u32 rank = domain_ + domains_ * take(domain_);
-          if (rank < num_picks) return rank;
-          domain_ = next_with_picks(num_picks);
-        }
-        return none;
+      case QueueKind::domain: {
+        if (domain_ == none) return none;
+        const u32 rank = domain_ + domains_ * take(domain_);
+        if (rank < num_picks) return rank;
+        domain_ = next_with_picks(num_picks);
+        return domain_ == none ? none : elsewhere;
+      }
       case QueueKind::push:
       case QueueKind::replay:
         break;

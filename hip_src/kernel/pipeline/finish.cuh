@@ -17,8 +17,7 @@ class Finisher {
 
   __device__ void run() {
     for (;;) {
-      group_.wait(group_.item_full(items_.slot), items_.parity);
-      if (group_.stopped()) return;
+      if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
       const Item& item = group_.item(items_.slot);
       if (item.kind == ItemKind::end) break;
       if (item.kind == ItemKind::task) {
@@ -33,7 +32,7 @@ class Finisher {
           const bool is_mine =
               item.task_kind == TaskKind::up ||
               (item.task_kind == TaskKind::down && (mode != Mode::words || item.chain & ends_chain));
-          if (is_mine && warp_ == 0 && lane_ == 0) group_.keep_record(item, num_tasks_, clock_ns());
+          if (is_mine && warp_ == 0 && lane_ == 0) group_.keep_record(item, num_tasks_);
         }
         ++num_tasks_;
       }
@@ -68,7 +67,9 @@ class Finisher {
   __device__ __forceinline__ float4 sum_of(const Split& split, u32 tile, u32 j) const {
     const float4* partial = partial_of(tile, j);
     float4 sum = partial[0];
-    for (u32 part = 1; part < split.parts(); ++part) {
+#pragma unroll
+    for (u32 part = 1; part < math_warps; ++part) {
+      if (part >= split.parts()) break;
       const float4 other = partial[(part << split.log_tiles) * groups * 32];
       sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
     }
@@ -77,7 +78,7 @@ class Finisher {
   //! Every other one of the block's sums: 16 rows, 8 tokens.
   template <class Visit>
   __device__ __forceinline__ void for_each_sum(const Item& item, u32 count, Visit visit) const {
-    const Split split(item.row_tiles);
+    const Split split = item.split(graph_.tiling);
     const u32 used = ceil_div(count, 8);
     u32 tile = 0, j = warp_;
     for (;; j += finish_warps) {
@@ -144,7 +145,7 @@ class Finisher {
   //! order is fixed.
   __device__ __forceinline__ void down_rows(const Item& item) {
     const u32 rows = graph_.tiling.down_rows, block_tokens = graph_.tiling.block_tokens;
-    const Split split(item.row_tiles);
+    const Split split = item.split(graph_.tiling);
     float* sums = group_.in_shared<float>(group_.at.sums);
     const u32 finish_thread = warp_ * 32 + lane_;
     if (item.chain & starts_chain) {
@@ -242,14 +243,13 @@ class Signaller {
 
   __device__ void run() {
     for (;;) {
-      group_.wait(group_.item_full(items_.slot), items_.parity);
-      if (group_.stopped()) return;
+      if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
       const Item& item = group_.item(items_.slot);
       if (item.kind == ItemKind::end) return;
       group_.wait(group_.item_stored(items_.slot), items_.parity);
-      if (group_.stopped()) return;
+      u32* counter = item.kind == ItemKind::task ? counter_of(item) : nullptr;
       // release at device scope: what the finish warps stored, and handed on with item_stored
-      if (u32* counter = item.kind == ItemKind::task ? counter_of(item) : nullptr) sm90::add_release(counter);
+      if (counter != nullptr && !group_.stopped()) sm90::add_release(counter);
       sm90::arrive(group_.item_free(items_.slot));
       items_.advance(num_items);
     }

@@ -10,8 +10,8 @@ namespace flashmoe::pipeline {
 enum class ItemKind : u32 { task, plan, end };
 constexpr u32 starts_chain = 1, ends_chain = 2;
 
-//! A task on its way from the picking thread to the others; they add the times.
-struct Item {
+//! A task on its way from the picking thread to the others; they add the times, in ns since the worker began.
+struct alignas(16) Item {
   ItemKind kind;
   TaskKind task_kind;
   u32 id, expert, tile, block, first, num_tokens;
@@ -19,20 +19,20 @@ struct Item {
   u32 passes;     // times that the weights are read, each for a block of the tokens
   u32 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
   u32 present;    // words: bit t: token t has this expert
-  u32 ready_delta,
-      turn_delta;  // since the ticket: inputs seen complete; the math warps have come to the task
-  u64 ticket_ns;
+  u32 ticket_ns;
+  u32 ready_ns, turn_ns;  // inputs seen complete; the math warps have come to the task
 
+  //! As of a task with all its rows: the last one, which may have fewer, needs no more room in a slot.
+  __device__ __forceinline__ Split split(const Tiling& tiling) const {
+    return Split(task_kind == TaskKind::up ? tiling.up_rows / 8 : tiling.down_rows / 16);
+  }
+  __device__ __forceinline__ u32 seen_ready_ns() const { return ready_ns > ticket_ns ? ready_ns : ticket_ns; }
   //! When the worker began: it was free, and the inputs were there.
-  __device__ __forceinline__ u32 start_delta() const {
-    return ready_delta > turn_delta ? ready_delta : turn_delta;
+  __device__ __forceinline__ u32 start_ns() const {
+    return turn_ns > seen_ready_ns() ? turn_ns : seen_ready_ns();
   }
 };
 static_assert(sizeof(Item) == sizeof_item);
-
-__device__ __forceinline__ u32 delta(u64 from_ns, u64 to_ns) {
-  return to_ns > from_ns ? static_cast<u32>(to_ns - from_ns) : 0u;
-}
 
 //! Named barriers of the hardware; 0 is __syncthreads.
 constexpr u32 math_barrier = 1, finish_barrier = 2;
@@ -56,6 +56,7 @@ struct Group {
   SharedLayout at;
   u32 worker;
   u32 epoch;
+  u32 begin_ns;  // with the trace on: when the worker began
 
   __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch % 2]; }
   template <class T>
@@ -124,24 +125,29 @@ struct Group {
   __device__ __forceinline__ u32 tokens_of(u32 slot) const { return weights_of(slot) + weight_bytes; }
 
   // --- the trace
-  __device__ void keep_record(const Item& item, u32 index, u64 end_ns) const {
+  //! Since the worker began; its clock's low half will do.
+  __device__ __forceinline__ u32 now_ns() const { return sm90::timer_ns() - begin_ns; }
+  __device__ __forceinline__ void keep_record(const Item& item, u32 index) const {
     if (index >= params.trace_capacity) return;  // counted as dropped
-    const u64 start_ns = item.ticket_ns + item.start_delta();
+    const u32 end_ns = now_ns(), start_ns = item.start_ns();
     params.records[u64{worker} * params.trace_capacity + index] = TraceRecord{
         start_ns,
-        delta(start_ns, end_ns),
+        end_ns - start_ns,
         item.id,
-        item.start_delta(),
-        item.start_delta() - item.ready_delta,
+        start_ns - item.ticket_ns,
+        start_ns - item.seen_ready_ns(),
         static_cast<u16>(worker),
         0xffff,
         static_cast<u16>(home_domain(worker, domains_in_use(params.num_domains, params.num_workers))),
         0};
   }
 
-  // --- giving up: one thread reports, the others see `stopped` and leave
+  // --- giving up: one thread reports, the others see `stopped`. All go on to the last item, so that warps
+  // which meet at a barrier do so to the end: the picking thread hands on the end at once.
   __device__ __forceinline__ volatile u32* stop_flag() const { return in_shared<volatile u32>(at.scratch); }
   __device__ __forceinline__ bool stopped() const { return *stop_flag() != 0; }
+  //! For a warp that must stay together.
+  __device__ __forceinline__ bool warp_stopped() const { return __any_sync(~0u, stopped()); }
   __device__ __forceinline__ void give_up(u32 task_id, EventKind event, u32 index, u64 seen, u64 wanted,
                                           u64 waited_ns, FaultKind kind = FaultKind::deadline) const {
     report(params.fault, worker, epoch, task_id, Missing{event, index, none, seen, wanted}, waited_ns, kind);
@@ -162,19 +168,29 @@ struct Group {
     give_up(task_id, event, index, seen, wanted, now_ns - since_ns);
     return false;
   }
-  //! Waits for other warps. Once the work-group gives up, every wait is over: the warps run on to their next
-  //! look at `stopped`, on garbage that nobody will read. So no wait has a result, and the loops of products
-  //! no branches. Who waits for another work-group has a deadline and reports it; the limit here (a second or
-  //! more) is for what should not happen, and told at the end of the kernel.
+  //! Waits for other warps. Once the work-group gives up, the wait is over: the warps run on, on garbage that
+  //! nobody will read. So it has no result, and the loops of products no branches. Who waits for another
+  //! work-group has a deadline and reports it; the limit here (a second or more) is for what should not
+  //! happen, and told at the end of the kernel.
   __device__ __forceinline__ void wait(u32 barrier_address, u32 parity) const {
+    (void)wait_or_stop<true>(barrier_address, parity);
+  }
+  //! The same for an item, or room for one, whoever gives up. False past the limit: then there is none.
+  __device__ __forceinline__ bool wait_for_item(u32 barrier_address, u32 parity) const {
+    return wait_or_stop<false>(barrier_address, parity);
+  }
+  template <bool ends_with_stop>
+  __device__ __forceinline__ bool wait_or_stop(u32 barrier_address, u32 parity) const {
     u32 turns = 0;
     while (!sm90::phase_is_over(barrier_address, parity)) {
       if ((++turns & 63u) != 0) continue;
-      if (stopped()) break;
+      if (ends_with_stop && stopped()) return false;
       if (turns >> 26 == 0) continue;
       stop_flag()[1] = barrier_address;
       *stop_flag() = 1;
+      return false;
     }
+    return true;
   }
   //! By one thread, when all have left.
   __device__ __forceinline__ void tell_stuck() const {

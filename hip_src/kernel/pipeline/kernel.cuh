@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   graph.tiling = params.cut.tiling();
   graph.num_tokens = params.num_tokens;
   graph.gate_inside = params.given_idx == nullptr;
-  Group group{params, shared,
-              SharedLayout::of(graph.tiling, params.num_tokens, params.ring_slots, groups, mode), blockIdx.x,
-              0};
+  Group group{
+      params,     shared, SharedLayout::of(graph.tiling, params.num_tokens, params.ring_slots, groups, mode),
+      blockIdx.x, 0,      0};
   u32* words = group.in_shared<u32>(group.at.plan);
   u32** arrays[] = {&graph.plan.entry_offset, &graph.plan.block_offset, &graph.plan.active_offset,
                     &graph.plan.active,       &graph.plan.sequence,     &graph.plan.sequence_offset};
@@ -43,8 +43,13 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   // relaxed: the launch before has ended. On its way while the first task begins: only what tells others
   // needs it.
   group.epoch = load_relaxed<Scope::device>(group.in_workspace<u32>(params.layout.epoch) + group.worker) + 1;
-  if (traced && threadIdx.x == 0) params.logs[group.worker].begin_ns = clock_ns();
+  if (traced && threadIdx.x == 0) {
+    const u64 begin_ns = clock_ns();
+    params.logs[group.worker].begin_ns = begin_ns;
+    group.stop_flag()[2] = static_cast<u32>(begin_ns);
+  }
   __syncthreads();
+  if constexpr (traced) group.begin_ns = group.stop_flag()[2];
 
   if (warp < math_warps) {
     Mathematician<groups, mode, traced>(group, graph).run();

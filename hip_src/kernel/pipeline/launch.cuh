@@ -30,7 +30,7 @@ FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
 constexpr u32 math_warps = 8, num_threads = 512, math_threads = 32 * math_warps;
 template <Mode mode>
 struct Roles {
-  static constexpr u32 finish_warps = 2, load_warps = mode == Mode::words ? 4 : 3,
+  static constexpr u32 finish_warps = mode == Mode::words ? 2 : 4, load_warps = mode == Mode::words ? 4 : 1,
                        signal_warps = mode == Mode::words ? 0 : 1;
   static constexpr u32 finish_threads = 32 * finish_warps;
   static constexpr u32 pick = math_warps + finish_warps, stream = pick + 1, load = stream + 1,
@@ -56,7 +56,6 @@ struct Split {
   FLASHMOE_FN u32 parts() const { return math_warps >> log_tiles; }
   FLASHMOE_FN u32 tile_chunks() const { return slot_chunks >> log_tiles; }  // of a row tile in a slot
   FLASHMOE_FN u32 slot_k() const { return tile_chunks() * chunk_k; }
-  FLASHMOE_FN u32 num_slots(u32 k) const { return ceil_div(k, slot_k()); }
   //! Bytes from token to token in a slot: 64 more than a multiple of 128, so that the 8 lanes that the shared
   //! memory serves at once (2 tokens, 64 bytes of each) find 8 different groups of banks.
   FLASHMOE_FN u32 pitch_bytes() const {

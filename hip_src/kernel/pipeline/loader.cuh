@@ -1,6 +1,5 @@
-// The loading warps: bring the tokens' rows into the slots of the ring, where
-// their inputs are there. They take the slots in turn, so that several trips to
-// memory are under way at once.
+// The loading warps: bring the tokens' rows into the slots of the ring, where their inputs are there. They
+// take the slots in turn, so that several trips to memory are under way at once.
 #pragma once
 #include "group.cuh"
 
@@ -12,12 +11,15 @@ class Loader {
 
  public:
   __device__ Loader(Group& group, const TaskGraph& graph)
-      : group_(group), graph_(graph), warp_(threadIdx.x / 32 - R::load), lane_(threadIdx.x % 32) {}
+      : group_(group),
+        graph_(graph),
+        warp_(threadIdx.x / 32 - R::load),
+        lane_(threadIdx.x % 32),
+        policy_(sm90::keep_policy()) {}
 
   __device__ void run() {
     for (;;) {
-      group_.wait(group_.item_full(items_.slot), items_.parity);
-      if (group_.stopped()) break;
+      if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) break;
       Item& item = group_.item(items_.slot);
       if (item.kind == ItemKind::end) break;
       if (item.kind == ItemKind::task) load(item);
@@ -25,7 +27,7 @@ class Loader {
       sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
       items_.advance(num_items);
     }
-    sm90::wait_for_async_copies();  // they write this work-group's shared memory
+    wait_for_copies();
   }
 
  private:
@@ -46,39 +48,53 @@ class Loader {
     }
   }
 
-  //! Rows of x (block none) or hidden rows, for each slot that their weights fill.
+  //! Rows of x (block none) or hidden rows, for each slot that their weights fill: a lane copies a row's
+  //! part.
   template <u32 k>
   __device__ __forceinline__ void load_rows(Item& item, u32 first, u32 count, u32 block) {
-    const Split split(item.row_tiles);
+    const Split split = item.split(graph_.tiling);
     const u32 pitch = split.pitch_bytes();
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
     const char* rows = block == none ? static_cast<const char*>(group_.params.x)
                                      : group_.template in_workspace<char>(group_.params.layout.hidden);
+    u64 offset[2];  // of a lane's rows: blocks have at most 64
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const u32 row = lane_ + i * 32, entry = row < count ? entries[row] : 0;
+      offset[i] = u64{block == none ? entry / top_k : entry} * (k * 2);
+    }
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       if (is_mine()) {
-        if (block != none) wait_for_block(item, block);
+        if (block != none) {
+          wait_for_block(item, block);
+          // The rows were stored as all stores are, and will be read by the copy engine.
+          sm90::fence_before_copies();
+        }
         if (k0 == 0) stamp_ready(item);
         group_.wait(group_.slot_free(slots_.slot), slots_.parity);
-        if (group_.stopped()) return;
-        const u32 vectors = (k - k0 < split.slot_k() ? k - k0 : split.slot_k()) / 8;
-        const u32 to = group_.tokens_of(slots_.slot);
-        Cell cell{0, lane_};
-        for (cell.carry(vectors); cell.row < count; cell.v += 32, cell.carry(vectors)) {
-          const u32 which = block == none ? entries[cell.row] / top_k : entries[cell.row];
-          sm90::async_copy(to + cell.row * pitch + cell.v * 16,
-                           rows + (u64{which} * k + k0 + cell.v * 8) * 2);
+        if (group_.warp_stopped()) return;
+        const u32 bytes = (k - k0 < split.slot_k() ? k - k0 : split.slot_k()) * 2;
+        const u32 to = group_.tokens_of(slots_.slot), full = group_.tokens_full(slots_.slot);
+        if (lane_ == 0) sm90::arrive_and_expect(full, count * bytes);
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+          const u32 row = lane_ + i * 32;
+          if (row < count) sm90::bulk_copy(to + row * pitch, rows + offset[i] + k0 * 2, bytes, full, policy_);
         }
-        sm90::arrive_after_async_copies(group_.tokens_full(slots_.slot));
+        if (lane_ != 0) sm90::arrive(full);
+        copied_ |= 1u << slots_.slot;
+        parities_ = (parities_ & ~(1u << slots_.slot)) | (slots_.parity ^ 1) << slots_.slot;
       }
       next_slot();
     }
   }
 
-  //! Hidden rows as words: each is looked at until it is of this epoch; its
-  //! elements go to their token's column.
+  //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
+  //! column.
   __device__ __forceinline__ void load_words(Item& item) {
     constexpr u32 batch = 6;  // pairs of words of a lane on their way
-    const Split split(item.row_tiles);
+    const Split split = item.split(graph_.tiling);
     const u32 pitch = split.pitch_bytes();
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + item.first;
     const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden);
@@ -88,8 +104,7 @@ class Loader {
         bool is_free = false;
         for (Cell begin{0, 0}; begin.row < item.num_tokens; begin.v += 32 * batch, begin.carry(vectors)) {
           const u64* from[batch];
-          u32 to[batch];  // none: there is nothing left, and the lane looks at
-                          // the first words again
+          u32 to[batch];  // none: there is nothing left, and the lane looks at the first words again
           u64 words[batch][2];
 #pragma unroll
           for (u32 i = 0; i < batch; ++i) {
@@ -104,8 +119,7 @@ class Loader {
           u32 turns = 0;
           u64 since_ns = 0;
           for (;;) {
-            // relaxed: the word is the data, and the epoch in it says that it
-            // is there
+            // relaxed: the word is the data, and the epoch in it says that it is there
 #pragma unroll
             for (u32 i = 0; i < batch; ++i) sm90::load_words(from[i], words[i][0], words[i][1]);
             u32 other = 0;  // bits that are not this epoch's
@@ -120,6 +134,7 @@ class Loader {
           if (!is_free) {
             if (k0 == 0) stamp_ready(item);
             group_.wait(group_.slot_free(slots_.slot), slots_.parity);
+            if (group_.warp_stopped()) return;
             is_free = true;
           }
           const u32 tokens = group_.tokens_of(slots_.slot);
@@ -130,10 +145,19 @@ class Loader {
                                  static_cast<u32>(words[i][1]));
           }
         }
+        sm90::fence_before_copies();  // rows of x may be copied to the same place
         sm90::arrive(group_.tokens_full(slots_.slot));
       }
       next_slot();
     }
+  }
+
+  //! The copies under way write this work-group's shared memory: it must not end before them. (They take
+  //! microseconds; the limit is for a slot that other warps were about to use.)
+  __device__ void wait_for_copies() const {
+    for (u32 slot = 0; slot < group_.params.ring_slots; ++slot)
+      for (u32 turns = 0; turns < 4096 && (copied_ >> slot & 1) != 0; ++turns)
+        if (sm90::phase_is_over(group_.tokens_full(slot), parities_ >> slot & 1)) break;
   }
 
   //! A row of a block, and a vector of it.
@@ -147,8 +171,8 @@ class Loader {
     }
   };
 
-  //! Until all up tasks of an expert block have brought their rows. Looks at 32
-  //! blocks at once: most are there.
+  //! Until all up tasks of an expert block have brought their rows. Looks at 32 blocks at once: most are
+  //! there.
   __device__ __forceinline__ void wait_for_block(const Item& item, u32 block) {
     const u32 target = graph_.up_per_block();
     u32 turns = 0;
@@ -156,8 +180,7 @@ class Loader {
     while (block < ready_begin_ || block >= ready_end_) {
       const u32 mine = block + lane_;
       bool ready = mine < graph_.plan.num_blocks();
-      // acquire: pairs with the signal warp's add_release; __syncwarp hands it
-      // on to the other lanes
+      // acquire: pairs with the signal warp's add_release; __syncwarp hands it on to the other lanes
       if (ready)
         ready = load_acquire<Scope::device>(group_.template in_workspace<u32>(group_.counters().upped) +
                                             mine) == target;
@@ -173,8 +196,8 @@ class Loader {
     }
   }
 
-  //! With fewer slots than warps some have no part: a warp's next slot must be
-  //! one that was free after its last one.
+  //! With fewer slots than warps some have no part: a warp's next slot must be one that was free after its
+  //! last one.
   __device__ __forceinline__ u32 sharing() const {
     return group_.params.ring_slots < R::load_warps ? group_.params.ring_slots : R::load_warps;
   }
@@ -185,7 +208,7 @@ class Loader {
   }
   __device__ __forceinline__ void stamp_ready(Item& item) const {
     if constexpr (traced) {
-      if (lane_ == 0) item.ready_delta = delta(item.ticket_ns, clock_ns());
+      if (lane_ == 0) item.ready_ns = group_.now_ns();
     }
   }
 
@@ -194,6 +217,8 @@ class Loader {
   u32 warp_, lane_;
   u32 turn_ = 0;                         // of the loading warps, at the present slot
   u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
+  u64 policy_;
+  u32 copied_ = 0, parities_ = 0;  // by slot: is there a copy of this warp's, and the parity of its phase
   Turn items_{0}, slots_{1};
 };
 

@@ -1,5 +1,5 @@
-// The math warps: weights times tokens, both from the ring. Each warp has a row
-// tile of the task and a part of k, and leaves its sums to the finish warps.
+// The math warps: weights times tokens, both from the ring. Each warp has a row tile of the task and a part
+// of k, and leaves its sums to the finish warps.
 #pragma once
 #include <type_traits>
 
@@ -21,8 +21,7 @@ class Mathematician {
     planner_.clear();
     const bool has_begun = begin_early();
     for (;;) {
-      group_.wait(group_.item_full(items_.slot), items_.parity);
-      if (group_.stopped()) return;
+      if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
       Item& item = group_.item(items_.slot);
       if (item.kind == ItemKind::end) return;
       if (item.kind == ItemKind::plan) {
@@ -43,20 +42,23 @@ class Mathematician {
   }
 
  private:
-  //! A gate task that is given with the launch begins before anybody has picked
-  //! it.
+  //! A gate task that is given with the launch begins before anybody has picked it.
   __device__ __forceinline__ bool begin_early() {
     const Params& params = group_.params;
     const bool is_given = params.queue == QueueKind::ticket || params.queue == QueueKind::stride;
     if (!graph_.gate_inside || !is_given || group_.worker >= graph_.num_gate()) return false;
-    planner_.gate<mode>(graph_.decode(group_.worker));
+    const u32 tiles = graph_.tiling.gate_tiles(graph_.shape);
+    const u32 block = group_.worker / tiles, tile = group_.worker % tiles;
+    planner_.gate<mode>(
+        graph_.token_block(group_.worker, TaskKind::gate, block, graph_.tiling.gate_tokens, tile));
     return true;
   }
 
   __device__ __forceinline__ void run_task(Item& item) {
     switch (item.task_kind) {
       case TaskKind::gate:
-        planner_.gate<mode>(graph_.decode(item.id));
+        planner_.gate<mode>(
+            Task{item.id, item.task_kind, none, item.tile, item.block, item.first, item.num_tokens, none});
         return record(item);
       case TaskKind::route:
         route(item);
@@ -92,8 +94,7 @@ class Mathematician {
         static_cast<uint4*>(group_.params.out)[u64{token} * (d_model / 8) + i] = make_uint4(0, 0, 0, 0);
   }
 
-  //! Keeps what was chosen for whoever asks afterwards; where tokens are many,
-  //! tells the other work-groups.
+  //! Keeps what was chosen for whoever asks afterwards; where tokens are many, tells the other work-groups.
   __device__ void route(Item& item) {
     const Params& params = group_.params;
     auto* kept_idx = group_.in_workspace<std::int32_t>(params.layout.topk_idx);
@@ -133,18 +134,16 @@ class Mathematician {
       for (u32 i = 0; i < 4; ++i) sums_[j][i] = 0;
   }
 
-  //! Adds this warp's row tile and part of k, times the tokens, to its sums.
-  //! down_words: tokens are columns, and those without the expert have nothing
-  //! in the slot.
+  //! Adds this warp's row tile and part of k, times the tokens, to its sums. down_words: tokens are columns,
+  //! and those without the expert have nothing in the slot.
   template <u32 k, bool down_words = false>
   __device__ __forceinline__ void multiply(const Item& item, u32 count) {
     const u32 used = down_words ? 1 : ceil_div(count, 8);
-    const Split split(item.row_tiles);
+    const Split split = item.split(graph_.tiling);
     switch_over<1>(
         used, [&](auto number) { multiply_groups<k, down_words, decltype(number)::value>(item, split); });
   }
-  //! Calls with the number as a constant: the products of all groups are one
-  //! straight piece of code.
+  //! Calls with the number as a constant: the products of all groups are one straight piece of code.
   template <u32 first, class Call>
   __device__ __forceinline__ static void switch_over(u32 number, Call call) {
     if constexpr (first == groups) {
@@ -166,6 +165,7 @@ class Mathematician {
         group_.shared + group_.at.ring + weight_bytes + lane_ / 4 * pitch + part * 64 + lane_ % 4 * 16;
     const bool has_column = !down_words || (item.present >> lane_ / 4 & 1) != 0;
     const bool has_tile = tile < item.row_tiles;
+    float more[4] = {0, 0, 0, 0};  // a second chain of additions where there is but one group
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       const u32 slot = slots_.slot * group_.at.slot_bytes;
       auto multiply_chunk = [&](u32 q) {
@@ -181,7 +181,8 @@ class Mathematician {
 #pragma unroll
         for (u32 j = 0; j < used; ++j) sm90::mma(sums_[j], low.x, low.y, low.z, low.w, b[j].x, b[j].y);
 #pragma unroll
-        for (u32 j = 0; j < used; ++j) sm90::mma(sums_[j], high.x, high.y, high.z, high.w, b[j].z, b[j].w);
+        for (u32 j = 0; j < used; ++j)
+          sm90::mma(used == 1 ? more : sums_[j], high.x, high.y, high.z, high.w, b[j].z, b[j].w);
       };
       group_.wait(group_.weights_full(slots_.slot), slots_.parity);
       group_.wait(group_.tokens_full(slots_.slot), slots_.parity);
@@ -192,13 +193,14 @@ class Mathematician {
       } else if (has_tile) {
         for (u32 q = 0; (q << log_parts) + part < (k - k0) / chunk_k; ++q) multiply_chunk(q);
       }
-      // After the products, which had to wait for what they multiply: an
-      // arrival that is merely placed after the loads does not wait for them,
-      // and lets other weights in.
+      // After the products, which had to wait for what they multiply: an arrival that is merely placed after
+      // the loads does not wait for them, and lets other weights in.
       __syncwarp();
       sm90::arrive_if(group_.slot_free(slots_.slot), lane_ == 0);
       slots_.advance(group_.params.ring_slots);
     }
+    if (used == 1)
+      for (u32 i = 0; i < 4; ++i) sums_[0][i] += more[i];
   }
 
   __device__ __forceinline__ void put_partial(u32 used) {
@@ -220,7 +222,7 @@ class Mathematician {
       multiply<d_ff, true>(item, item.num_tokens);
       if (item.chain & ends_chain) return put_partial(1);
       // the finish warps have a part in the last task of a chain only
-      if (traced && threadIdx.x == 0) group_.keep_record(item, num_tasks_, clock_ns());
+      if (traced && threadIdx.x == 0) group_.keep_record(item, num_tasks_);
     } else {
       const u32 block_tokens = graph_.tiling.block_tokens;
       for (u32 first = 0; first < item.num_tokens; first += block_tokens) {
@@ -234,8 +236,7 @@ class Mathematician {
 
   // --- combine: a token's results in their order
 
-  //! A result of a token: its counter and what that must reach; 0: there is
-  //! none.
+  //! A result of a token: its counter and what that must reach; 0: there is none.
   struct Result {
     u32 counter, target;
     float weight;
@@ -264,14 +265,14 @@ class Mathematician {
       const u32* done = group_.in_workspace<u32>(group_.counters().done) + result.counter;
       u32 turns = 0, seen = 0;
       u64 since_ns = 0;
-      // acquire: pairs with the signal warp's (words: the finish warps')
-      // add_release; __syncwarp hands it on to the other lanes
+      // acquire: pairs with the signal warp's (words: the finish warps') add_release; __syncwarp hands it on
+      // to the other lanes
       while (result.target != 0 && (seen = load_acquire<Scope::device>(done)) != result.target)
         if (!group_.keep_waiting(turns, since_ns, item.id, EventKind::result, result.counter, seen,
                                  result.target))
           break;
       __syncwarp();
-      if (group_.stopped()) return;
+      if (group_.warp_stopped()) return;
       if (token == item.first) stamp_turn(item);
       const u32 present = __ballot_sync(~0u, result.target != 0);
       for (u32 base = warp_ * 32; base < row_vectors; base += math_threads) {
@@ -309,14 +310,14 @@ class Mathematician {
 
   __device__ __forceinline__ void stamp_turn(Item& item) const {
     if constexpr (traced) {
-      if (threadIdx.x == 0) item.turn_delta = delta(item.ticket_ns, clock_ns());
+      if (threadIdx.x == 0) item.turn_ns = group_.now_ns();
     }
   }
   //! Of the tasks that the finish warps have no part in.
   __device__ __forceinline__ void record(const Item& item) const {
     if constexpr (traced) {
       sm90::named_barrier<math_barrier, math_threads>();
-      if (threadIdx.x == 0) group_.keep_record(item, num_tasks_, clock_ns());
+      if (threadIdx.x == 0) group_.keep_record(item, num_tasks_);
     }
   }
 

@@ -1,5 +1,5 @@
-// The picking thread: takes picks as the policy says, decodes them and hands
-// them on, one pick ahead of the stream.
+// The picking thread: takes picks as the policy says, decodes them and hands them on, a little ahead of the
+// stream.
 #pragma once
 #include "flashmoe/queue.hpp"
 #include "group.cuh"
@@ -12,75 +12,85 @@ class Picker {
   __device__ Picker(Group& group, const TaskGraph& graph) : group_(group), graph_(graph) {}
 
   __device__ void run() {
+    pick();
+    push(Item{ItemKind::end});
+  }
+
+ private:
+  __device__ __forceinline__ void pick() {
     const Params& params = group_.params;
     // of an earlier launch: nothing runs until the host has reset the layer
     const u32 fault_before = load_relaxed<Scope::system>(&params.fault->claimed);
     RankSource source(params.queue, nullptr, group_.worker, params.num_workers, params.num_domains,
                       FirstTickets::given);
     const PickOrder order(graph_, params.order);
+    PickDecoder decode(order);
     const bool replay = params.queue == QueueKind::replay;
     u32 place = replay ? params.replay_offset[group_.worker] : 0;
-    const u32 num_early = order.num_early();
-    // first what the plan is made of ...
-    u32 rank = none;
-    while (one_ahead()) {
-      if constexpr (traced) ticket_ns_ = any_item_ ? clock_ns() : params.logs[group_.worker].begin_ns;
-      if (replay) {
-        if (place == params.replay_offset[group_.worker + 1] || params.replay_ids[place] >= graph_.first_up())
-          break;
-        hand_on(graph_.decode(params.replay_ids[place++]), starts_chain | ends_chain);
-      } else {
-        rank = source.next(none);
-        source.bind(heads());
-        if (rank == none || rank >= num_early) break;
-        if (source.is_away() && !drain()) break;
-        hand_on(graph_.decode(order[rank]), starts_chain | ends_chain);
+    const u32 end = replay ? params.replay_offset[group_.worker + 1] : 0;
+    // Where all picks that need no plan are given with the launch, no counter has to be asked whether there
+    // is another: the plan is made while the first ticket for what comes after it is on its way.
+    const bool all_given =
+        !replay && params.queue != QueueKind::domain && decode.num_early() <= params.num_workers;
+    bool is_asked_for = false, is_planned = false;  // the plan
+    u32 in_hand = none;                             // in hand: a rank, or the id of a list
+    bool has_pick = false;
+    for (;;) {
+      if (!has_pick) {
+        if (!one_ahead()) return;
+        if constexpr (traced) ticket_ns_ = any_item_ ? group_.now_ns() : 0;
+        if (all_given && any_item_ && !is_asked_for) {
+          push(Item{ItemKind::plan});
+          is_asked_for = true;
+        }
+        if (replay) {
+          in_hand = place < end ? params.replay_ids[place++] : none;
+        } else {
+          do {
+            // What is in hand may wait for a pick of another domain, and the others handle picks in turn: so
+            // it must be done with before one is taken there.
+            if (source.is_away() && !drain()) return;
+            in_hand = source.try_next(is_planned ? decode.size() : none);
+            source.bind(heads());
+          } while (in_hand == elsewhere);
+        }
+        has_pick = true;
       }
-    }
-    PickDecoder decode(order);
-    // ... then the plan, which everybody needs, be it to learn that there is
-    // nothing to do ...
-    if (fault_before != 0) *group_.stop_flag() = 1;
-    if (!get_plan()) return;
-    decode.count();
-    // ... and the rest
-    bool is_first = !replay;  // that pick is in hand
-    while (is_first || one_ahead()) {
-      if constexpr (traced) {
-        if (!is_first) ticket_ns_ = clock_ns();
+      // First what the plan is made of, then the plan, which everybody needs, be it to learn that there is
+      // nothing to do, and then the rest.
+      if (!is_planned && (replay ? in_hand >= graph_.first_up() : in_hand >= decode.num_early())) {
+        if (fault_before != 0) *group_.stop_flag() = 1;
+        if (!is_asked_for) push(Item{ItemKind::plan});
+        is_asked_for = true;
+        if (!wait_for_plan()) return;
+        decode.count();
+        is_planned = true;
+        has_pick = replay || in_hand < decode.size();
+        continue;
       }
+      if (in_hand == none) break;
+      has_pick = false;
       Task task;
+      u32 length = 1;
       if (replay) {
-        if (place == params.replay_offset[group_.worker + 1]) break;
-        task = graph_.decode(params.replay_ids[place++]);
+        task = graph_.decode(in_hand);
+        if (is_planned) length = graph_.chain(in_hand);
       } else {
-        if (!is_first || rank >= decode.size()) rank = source.next(decode.size());
-        is_first = false;
-        if (rank == none) break;
-        // A pick of another domain may be what an own one waits for, and the
-        // others handle picks in turn: so first all that is in hand must have
-        // had its inputs.
-        if (source.is_away() && !drain()) break;
-        task = decode(rank);
+        task = decode(in_hand);
+        length = decode.chain();
       }
-      u32 length = graph_.chain(task.id);
-      hand_on(task, starts_chain | (length == 1 ? ends_chain : 0));
-      for (; length > 1; --length) {
-        task = graph_.next_in_chain(task);
-        hand_on(task, length == 2 ? ends_chain : 0);
+      for (u32 chain = starts_chain; length > 0; --length, chain = 0) {
+        if (chain == 0) task = graph_.next_in_chain(task);
+        hand_on(task, chain | (length == 1 ? ends_chain : 0));
       }
     }
-    push(Item{ItemKind::end});
   }
 
- private:
   __device__ __forceinline__ char* heads() const {
     return group_.template in_workspace<char>(group_.counters().heads);
   }
 
-  //! Asks the math warps for the plan, and waits for it.
-  __device__ bool get_plan() {
-    push(Item{ItemKind::plan});
+  __device__ bool wait_for_plan() {
     group_.wait(group_.planned(), 0);
     const Params& params = group_.params;
     if (params.queue == QueueKind::replay && !group_.stopped()) {
@@ -93,7 +103,7 @@ class Picker {
   }
 
   //! In a chain the rows are those of the task before.
-  __device__ void hand_on(const Task& task, u32 chain) {
+  __device__ __forceinline__ void hand_on(const Task& task, u32 chain) {
     item_.kind = ItemKind::task;
     item_.task_kind = task.kind;
     item_.id = task.id, item_.expert = task.expert, item_.tile = task.tile;
@@ -115,35 +125,43 @@ class Picker {
     push(item_);
   }
 
-  __device__ void push(const Item& item) {
-    group_.wait(group_.item_free(items_.slot), items_.parity);
+  __device__ __forceinline__ void push(const Item& item) {
+    if (!group_.wait_for_item(group_.item_free(items_.slot), items_.parity)) return;
     group_.item(items_.slot) = item;
     sm90::arrive(group_.item_full(items_.slot));
+    item_before_ = last_item_;
     last_item_ = items_;
     any_item_ = true;
+    ++num_pushed_;
     items_.advance(num_items);
   }
 
-  //! Until the stream has come to the last item: a worker that held more would take work from the others. A
-  //! combine has nothing to stream, and has to be done.
-  __device__ bool one_ahead() {
-    if (item_.kind == ItemKind::task && item_.task_kind == TaskKind::combine) return drain();
-    if (any_item_) group_.wait(group_.item_begun(last_item_.slot), last_item_.parity ^ 1);
+  //! Until the stream has come to the last item: a worker that held more would take work from the others.
+  //! Where an item takes less time to stream than the next one to pick, to the last but one. A combine has
+  //! nothing to stream, and has to be done.
+  __device__ __forceinline__ bool one_ahead() {
+    if (!any_item_) return !group_.stopped();
+    const bool is_short = mode == Mode::words && item_.task_kind == TaskKind::up && num_pushed_ > 1;
+    const bool is_combine = item_.task_kind == TaskKind::combine;
+    const u32 slot = is_short ? item_before_.slot : last_item_.slot;
+    const u32 parity = is_short ? item_before_.parity : last_item_.parity;
+    group_.wait(is_combine ? group_.item_free(slot) : group_.item_begun(slot), parity ^ 1);
     return !group_.stopped();
   }
 
   //! Until the last item is done with.
-  __device__ bool drain() {
+  __device__ __forceinline__ bool drain() {
     if (any_item_) group_.wait(group_.item_free(last_item_.slot), last_item_.parity ^ 1);
     return !group_.stopped();
   }
 
   Group& group_;
   const TaskGraph& graph_;
-  u64 ticket_ns_ = 0;
+  u32 ticket_ns_ = 0;
   Item item_{};
-  Turn items_{1}, last_item_{1};
+  Turn items_{1}, last_item_{1}, item_before_{1};
   bool any_item_ = false;
+  u32 num_pushed_ = 0;
 };
 
 }  // namespace flashmoe::pipeline

@@ -1,5 +1,5 @@
-// Gate, top-k and the plan: each work-group makes its own copy of the plan in
-// shared memory, all of them equal.
+// Gate, top-k and the plan: each work-group makes its own copy of the plan in shared memory, all of them
+// equal.
 #pragma once
 #include "flashmoe/policy.hpp"
 #include "group.cuh"
@@ -9,8 +9,7 @@ namespace flashmoe::pipeline {
 constexpr u32 lane_experts = (num_experts + 31) / 32;  // experts of a lane where a warp looks at all of them
 constexpr u32 not_routed = 0xffffu;                    // of a dropped slot
 
-//! A routing word: 22 bits of the epoch and the expert above, the weight's bits
-//! below.
+//! A routing word: 22 bits of the epoch and the expert above, the weight's bits below.
 __device__ __forceinline__ u64 routing_word(u32 epoch, u32 expert, float weight) {
   return u64{epoch << 10 | expert} << 32 | __float_as_uint(weight);
 }
@@ -38,8 +37,7 @@ struct Planner {
     for (u32 i = thread; i < num_experts * mask_words(); i += math_threads) mask[i] = 0;
   }
 
-  //! Router logits of a block of tokens for a tile of experts, published as
-  //! words that carry the epoch.
+  //! Router logits of a block of tokens for a tile of experts, published as words that carry the epoch.
   template <Mode mode>
   __device__ void gate(const Task& task) const {
     const u32 first_expert = task.tile * tiling.gate_experts;
@@ -53,8 +51,7 @@ struct Planner {
   }
 
   __device__ __forceinline__ void publish_logit(u32 token, u32 expert, float logit, u32 replica) const {
-    // rounded to the layer's dtype, as a linear layer of a bf16 model does: it
-    // decides near-ties
+    // rounded to the layer's dtype, as a linear layer of a bf16 model does: it decides near-ties
     const float rounded = __bfloat162float(__float2bfloat16(logit));
     u64* words = group.in_workspace<u64>(group.params.layout.logits);
     // relaxed: the word is the data, and the epoch in it says that it is there
@@ -106,8 +103,7 @@ struct Planner {
   }
 
   //! 16 experts x some groups of 8 tokens, K shared out over the warps.
-  template <u32 gate_groups>  // up to 2: there is room for so many partial sums
-                              // in every mode
+  template <u32 gate_groups>  // up to 2: there is room for so many partial sums in every mode
   __device__ void gate_by_mma(u32 first_token, u32 count, u32 first_expert) const {
     const u32 row = lane / 4, quarter = lane % 4;
     const auto* rows =
@@ -153,8 +149,7 @@ struct Planner {
     meet();
   }
 
-  //! A token's logits, once they are there: lane l of the warp gets those of
-  //! experts l, l + 32, ...
+  //! A token's logits, once they are there: lane l of the warp gets those of experts l, l + 32, ...
   __device__ void load_logits(u32 token, u32 replica, u32 task_id, float (&logit)[lane_experts]) const {
     const u64* words = group.in_workspace<u64>(group.params.layout.logits) +
                        (u64{replica} * num_tokens() + token) * num_experts;
@@ -177,11 +172,9 @@ struct Planner {
     }
   }
 
-  //! Top-k of one token by one warp. Lane r < top_k gets the r-th expert and
-  //! its weight.
+  //! Top-k of one token by one warp. Lane r < top_k gets the r-th expert and its weight.
   __device__ void choose(const float (&logit)[lane_experts], u32& expert, float& weight) const {
-    // The logits are bf16: sixteen bits of order, then the lower expert of
-    // equal ones. NaN ranks last.
+    // The logits are bf16: sixteen bits of order, then the lower expert of equal ones. NaN ranks last.
     u32 key[lane_experts];
 #pragma unroll
     for (u32 i = 0; i < lane_experts; ++i) {
@@ -207,6 +200,8 @@ struct Planner {
     const float highest = __shfl_sync(~0u, mine, 0);
     const float kept = lane < top_k ? expf(mine - highest) : 0.0f;
     float total = 0;
+    // the kept ones lie in the first lanes
+    constexpr u32 reach = !norm_topk || top_k > 16 ? 16 : top_k > 8 ? 8 : top_k > 4 ? 4 : top_k > 2 ? 2 : 1;
     if constexpr (norm_topk) {
       total = kept;
     } else {
@@ -215,12 +210,12 @@ struct Planner {
         total += i * 32 + lane < num_experts ? expf(logit[i] - highest) : 0.0f;
     }
 #pragma unroll
-    for (u32 width = 16; width > 0; width /= 2) total += __shfl_xor_sync(~0u, total, width);
+    for (u32 width = reach; width > 0; width /= 2) total += __shfl_xor_sync(~0u, total, width);
     weight = kept / total;
   }
 
-  //! What the gate, or whoever gave the routing, chose for a token's slot; for
-  //! readers after the plan is made.
+  //! What the gate, or whoever gave the routing, chose for a token's slot; for readers after the plan is
+  //! made.
   __device__ __forceinline__ void choice(u32 token, u32 k, u32& expert, float& weight) const {
     const Params& params = group.params;
     const u32 pair = token * top_k + k;
@@ -245,8 +240,7 @@ struct Planner {
     }
   }
 
-  //! Experts and weights of all tokens, into shared memory. A dropped slot is
-  //! `not_routed`.
+  //! Experts and weights of all tokens, into shared memory. A dropped slot is `not_routed`.
   template <Mode mode>
   __device__ void gather_routing() const {
     const u32 pairs = num_tokens() * top_k;
@@ -295,8 +289,8 @@ struct Planner {
     }
   }
 
-  //! Counts, prefix sums, lists and the policy's sequence, as build_plan and
-  //! build_sequence make them. Complete when the first warp is done.
+  //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
+  //! Complete when the first warp is done.
   template <Mode mode>
   __device__ void build(Plan& plan, Order order) const {
     const u32* mask = group.in_shared<u32>(group.at.mask);
@@ -307,17 +301,19 @@ struct Planner {
     meet();  // the masks are clear
     gather_routing<mode>();
     meet();
-    for (u32 expert = thread; expert < num_experts; expert += math_threads) {
-      u32 sum = 0;
-      for (u32 w = 0; w < words; ++w) {
-        before[expert * words + w] = static_cast<u16>(sum);
-        sum += __popc(mask[expert * words + w]);
+    if (words > 1) {
+      for (u32 expert = thread; expert < num_experts; expert += math_threads) {
+        u32 sum = 0;
+        for (u32 w = 0; w < words; ++w) {
+          before[expert * words + w] = static_cast<u16>(sum);
+          sum += __popc(mask[expert * words + w]);
+        }
+        count[expert] = sum;
       }
-      count[expert] = sum;
+      meet();
     }
-    meet();
     if (warp == 0) {
-      add_up(plan, count);
+      add_up(plan, words > 1 ? count : mask, words > 1);
       __syncwarp();
       if (mode == Mode::words) make_lists(plan, mask, before, 32);
     }
@@ -331,48 +327,52 @@ struct Planner {
   }
 
  private:
-  //! Prefix sums over the experts, a few each lane. With one PE all tokens are
-  //! its own: most orders are that of the ids.
-  __device__ __forceinline__ void add_up(Plan& plan, const u32* count) const {
+  //! Prefix sums over the experts, a few each lane. With one PE all tokens are its own: most orders are that
+  //! of the ids.
+  __device__ __forceinline__ void add_up(Plan& plan, const u32* count, bool is_counted) const {
     const u32 block_tokens = tiling.block_tokens;
-    u32 tokens[lane_experts], total[3] = {0, 0, 0};  // pairs, blocks, active experts
+    // three sums in a word: pairs (20 bits: at most 1024 x 16), blocks (20), active experts
+    constexpr u32 width = 20;
+    constexpr u64 low = (1u << width) - 1;
+    u32 tokens[lane_experts];
+    u64 total = 0;
+    auto summand = [&](u32 count) {
+      return u64{count} | u64{ceil_div(count, block_tokens)} << width | u64{count > 0 ? 1u : 0u} << 2 * width;
+    };
 #pragma unroll
     for (u32 i = 0; i < lane_experts; ++i) {
       const u32 expert = lane * lane_experts + i;
-      tokens[i] = expert < num_experts ? count[expert] : 0;
-      total[0] += tokens[i];
-      total[1] += ceil_div(tokens[i], block_tokens);
-      total[2] += tokens[i] > 0 ? 1 : 0;
+      const u32 counted = expert < num_experts ? count[expert] : 0;
+      tokens[i] = is_counted ? counted : __popc(counted);
+      total += summand(tokens[i]);
     }
-    u32 before[3];
+    u64 before = total;
 #pragma unroll
-    for (u32 j = 0; j < 3; ++j) {
-      u32 sum = total[j];
-#pragma unroll
-      for (u32 width = 1; width < 32; width *= 2) {
-        const u32 other = __shfl_up_sync(~0u, sum, width);
-        if (lane >= width) sum += other;
-      }
-      before[j] = sum - total[j];
+    for (u32 step = 1; step < 32; step *= 2) {
+      const u64 other = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += other;
     }
+    before -= total;
 #pragma unroll
     for (u32 i = 0; i < lane_experts; ++i) {
       const u32 expert = lane * lane_experts + i;
       if (expert >= num_experts) continue;
-      plan.entry_offset[expert] = before[0];
-      plan.block_offset[expert] = before[1];
-      plan.active_offset[expert] = before[2];
+      const u32 blocks = static_cast<u32>(before >> width & low),
+                active = static_cast<u32>(before >> 2 * width);
+      plan.entry_offset[expert] = static_cast<u32>(before & low);
+      plan.block_offset[expert] = blocks;
+      plan.active_offset[expert] = active;
       if (tokens[i] > 0) {
-        plan.active[before[2]] = plan.sequence[before[2]] = expert;
-        plan.sequence_offset[before[2]] = before[1];
+        plan.active[active] = plan.sequence[active] = expert;
+        plan.sequence_offset[active] = blocks;
       }
-      before[0] += tokens[i];
-      before[1] += ceil_div(tokens[i], block_tokens);
-      before[2] += tokens[i] > 0 ? 1 : 0;
+      before += summand(tokens[i]);
       if (expert == num_experts - 1) {
-        plan.entry_offset[num_experts] = before[0];
-        plan.block_offset[num_experts] = plan.sequence_offset[before[2]] = before[1];
-        plan.active_offset[num_experts] = before[2];
+        const u32 all_blocks = static_cast<u32>(before >> width & low),
+                  all_active = static_cast<u32>(before >> 2 * width);
+        plan.entry_offset[num_experts] = static_cast<u32>(before & low);
+        plan.block_offset[num_experts] = plan.sequence_offset[all_active] = all_blocks;
+        plan.active_offset[num_experts] = all_active;
       }
     }
   }
@@ -386,7 +386,7 @@ struct Planner {
       const u32 expert = topk[pair], token = pair / top_k;
       if (expert >= num_experts) continue;
       const u32 word = expert * mask_words() + token / 32;
-      const u32 place = before[word] + __popc(mask[word] & ((1u << token % 32) - 1));
+      const u32 place = (mask_words() > 1 ? before[word] : 0) + __popc(mask[word] & ((1u << token % 32) - 1));
       entries[plan.entry_offset[expert] + place] = static_cast<u16>(pair);
     }
   }

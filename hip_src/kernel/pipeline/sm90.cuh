@@ -1,5 +1,4 @@
-// Hopper's instructions for the pipeline: barriers in shared memory, bulk
-// copies, the matrix instruction.
+// Hopper's instructions for the pipeline: barriers in shared memory, bulk copies, the matrix instruction.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -24,67 +23,49 @@ __device__ __forceinline__ void arrive(u32 address) {
 }
 //! A predicated instruction, not a branch: the warp stays together.
 __device__ __forceinline__ void arrive_if(u32 address, bool condition) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %1, 0; @p "
-      "mbarrier.arrive.shared.b64 _, [%0];}" ::"r"(address),
-      "r"(condition ? 1u : 0u)
-      : "memory");
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared.b64 _, [%0];}" ::"r"(address),
+               "r"(condition ? 1u : 0u)
+               : "memory");
 }
 __device__ __forceinline__ void arrive_and_expect(u32 address, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ bool phase_is_over(u32 address, u32 parity) {
   u32 over;
-  asm volatile(
-      "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], "
-      "%2; selp.u32 %0, 1, 0, p;}"
-      : "=r"(over)
-      : "r"(address), "r"(parity)
-      : "memory");
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(over)
+               : "r"(address), "r"(parity)
+               : "memory");
   return over != 0;
 }
 
-// --- weights: read once, so they leave L2 first
+// --- bulk copies. Weights are read once, so they leave L2 first
 __device__ __forceinline__ u64 evict_first_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+//! Tokens: read again and again.
+__device__ __forceinline__ u64 keep_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier,
                                           u64 policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
-      "bytes.L2::cache_hint [%0], [%1], %2, "
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
       "[%3], %4;" ::"r"(to_shared),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
-// --- tokens: 16 bytes from L2, and the arrival of a lane once its copies so
-// far are there
-__device__ __forceinline__ void async_copy(u32 to_shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
-}
-__device__ __forceinline__ void arrive_after_async_copies(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void wait_for_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// --- tokens
 __device__ __forceinline__ void store_shared(u32 to_shared, u32 first, u32 second) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to_shared), "r"(first), "r"(second) : "memory");
 }
-__device__ __forceinline__ uint4 load_shared(u32 from_shared) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from_shared)
-               : "memory");
-  return v;
-}
-//! What this thread wrote to shared memory comes before the copies that are
-//! asked for after it.
-__device__ __forceinline__ void fence_before_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+//! What this thread wrote, or has seen written, comes before the copies that are asked for after it.
+__device__ __forceinline__ void fence_before_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // --- two words at once, each 8 bytes whole
 __device__ __forceinline__ void load_words(const u64* from, u64& first, u64& second) {
@@ -93,8 +74,7 @@ __device__ __forceinline__ void load_words(const u64* from, u64& first, u64& sec
                : "l"(from)
                : "memory");
 }
-//! Adds one after everything that this thread, and those it has met at a
-//! barrier, wrote before.
+//! Adds one after everything that this thread, and those it has met at a barrier, wrote before.
 __device__ __forceinline__ void add_release(u32* address) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(address) : "memory");
 }
@@ -102,8 +82,7 @@ __device__ __forceinline__ void add_release(u32* address) {
 //! d += a b: 16 x 16 times 16 x 8.
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -116,6 +95,13 @@ __device__ __forceinline__ void named_barrier() {
 
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+//! The low half of clock_ns(): one read of a special register.
+__device__ __forceinline__ u32 timer_ns() {
+  u32 now;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+  return now;
 }
 
 // --- launches that overlap the end of the kernel before

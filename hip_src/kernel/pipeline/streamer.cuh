@@ -12,18 +12,17 @@ class Streamer {
   __device__ void run() {
     const Params& params = group_.params;
     for (;;) {
-      group_.wait(group_.item_full(items_.slot), items_.parity);
-      if (group_.stopped()) break;
+      if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) break;
       const Item& item = group_.item(items_.slot);
       if (item.kind == ItemKind::end) break;
       if (lane_ == 0) sm90::arrive(group_.item_begun(items_.slot));
       if (item.kind == ItemKind::task && item.task_kind == TaskKind::up) {
         const u64 first = u64{item.expert} * (d_ff / 8) + item.tile * (tiling_.up_rows / 8);
-        stream<d_model>(static_cast<const char*>(params.gate_up) + first * up_tile_bytes, item.row_tiles);
+        stream<d_model>(item, static_cast<const char*>(params.gate_up) + first * up_tile_bytes);
       } else if (item.kind == ItemKind::task && item.task_kind == TaskKind::down) {
         const u64 first = u64{item.expert} * (d_model / 16) + item.tile * (tiling_.down_rows / 16);
         for (u32 pass = 0; pass < item.passes; ++pass)
-          stream<d_ff>(static_cast<const char*>(params.down) + first * down_tile_bytes, item.row_tiles);
+          stream<d_ff>(item, static_cast<const char*>(params.down) + first * down_tile_bytes);
       }
       __syncwarp();
       if (lane_ == 0) sm90::arrive(group_.item_free(items_.slot));
@@ -35,18 +34,18 @@ class Streamer {
  private:
   //! Row tiles of 16 rows x k, one after the other in memory; a lane copies its tile's part of a slot.
   template <u32 k>
-  __device__ __forceinline__ void stream(const char* tiles, u32 row_tiles) {
-    const Split split(row_tiles);
+  __device__ __forceinline__ void stream(const Item& item, const char* tiles) {
+    const Split split = item.split(tiling_);
     const u32 slot_tile_bytes = split.tile_chunks() * chunk_bytes;
     const char* from = tiles + lane_ * (16 * k * 2);
     for (u32 done = 0; done < 16 * k * 2; done += slot_tile_bytes) {
       const u32 rest = 16 * k * 2 - done, bytes = rest < slot_tile_bytes ? rest : slot_tile_bytes;
       group_.wait(group_.slot_free(slots_.slot), slots_.parity);
-      if (group_.stopped()) return;
+      if (group_.warp_stopped()) return;
       const u32 full = group_.weights_full(slots_.slot);
-      if (lane_ == 0) sm90::arrive_and_expect(full, row_tiles * bytes);
+      if (lane_ == 0) sm90::arrive_and_expect(full, item.row_tiles * bytes);
       __syncwarp();
-      if (lane_ < row_tiles)
+      if (lane_ < item.row_tiles)
         sm90::bulk_copy(group_.weights_of(slots_.slot) + lane_ * slot_tile_bytes, from + done, bytes, full,
                         policy_);
       ++num_slots_;
