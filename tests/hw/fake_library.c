@@ -1,4 +1,5 @@
-/* A device library without a device: memory is the host's, a launch copies x to out, and all calls are counted. */
+/* A device library without a device: memory is the host's, a launch copies x to out, and all calls are
+ * counted. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,7 @@ struct FlashmoeLayer {
 };
 
 #ifndef ARCH
-#define ARCH "sm_90"
+  #define ARCH "sm_90"
 #endif
 
 int fake_buffers, fake_layers, fake_packs, fake_mallocs, fake_synchronizes, fake_resets;
@@ -100,7 +101,8 @@ int flashmoe_routing(FlashmoeLayer* layer, uint32_t pe, int32_t* topk_idx, float
   }
   return 0;
 }
-int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* records, uint32_t* size, uint32_t* drops) {
+int flashmoe_trace(FlashmoeLayer* layer, uint32_t pe, uint32_t worker, void* records, uint32_t* size,
+                   uint32_t* drops) {
   (void)layer, (void)pe, (void)worker, (void)records;
   *size = 0;
   *drops = 1;
