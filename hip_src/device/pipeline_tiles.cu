@@ -6,11 +6,9 @@ namespace flashmoe::pipeline {
 
 static const Instance instances[] = {
     {moe_layer<2, Mode::tiles, false>, moe_layer<2, Mode::tiles, true>, 2, Mode::tiles,
-     "pipeline, tiles, blocks of 16"},
-    {moe_layer<4, Mode::tiles, false>, moe_layer<4, Mode::tiles, true>, 4, Mode::tiles,
-     "pipeline, tiles, blocks of 32"},
+     "pipeline, tiles, blocks to 16"},
     {moe_layer<8, Mode::tiles, false>, moe_layer<8, Mode::tiles, true>, 8, Mode::tiles,
-     "pipeline, tiles, blocks of 64"},
+     "pipeline, tiles, blocks to 64"},
 };
 Instances tiles() { return {instances, sizeof instances / sizeof *instances}; }
 

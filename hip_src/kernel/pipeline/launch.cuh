@@ -185,7 +185,8 @@ struct SharedLayout {
     const u32 pairs = num_tokens * top_k;
     const u32 up_pitch = Split(t.up_rows / 8).pitch_bytes(),
               down_pitch = Split(t.down_rows / 16).pitch_bytes();
-    l.slot_bytes = weight_bytes + 8 * groups * (up_pitch > down_pitch ? up_pitch : down_pitch);
+    const u32 columns = mode == Mode::words ? max_words_tokens : (t.block_tokens + 7) / 8 * 8;
+    l.slot_bytes = weight_bytes + columns * (up_pitch > down_pitch ? up_pitch : down_pitch);
     l.slot_bytes = (l.slot_bytes + 127) / 128 * 128;
     l.topk = take(pairs * 2);
     l.mask = take(num_experts * mask_words(num_tokens) * 4);
