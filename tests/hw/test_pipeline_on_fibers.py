@@ -1,12 +1,14 @@
-"""The pipelined kernel's logic, without a GPU: its threads are fibers, run in a random order, and held to the reference.
+"""The pipelined kernel's logic, without a GPU: its threads are fibers, run in a random order; results are right.
 
-$FLASHMOE_FIBER_SEEDS: how many random launches to try.
+$FLASHMOE_FIBER_SEEDS: how many random layers to try.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,16 @@ from hw.fibers.library import fibers, set_seed
 from layers import assert_right, bits, skewed_routing, tokens, tokens_without_ties, weights_of
 from numpy.typing import NDArray
 
-from flashmoe import MoEModel, Policy, Routing, Tiling, simulate
+from flashmoe import MoEModel, Policy, Routing, Tiling
 from flashmoe.hw import LaunchError, native_layer
 from flashmoe.hw.device import DeviceLayer
 from flashmoe.reference import gate_logits, route
 from flashmoe.schedule import to_schedule
 from flashmoe.tasks import TaskTable
 
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++, no GPU"
+)
 SEEDS = int(os.environ.get("FLASHMOE_FIBER_SEEDS", "30"))
 
 MODELS = {
@@ -85,16 +90,11 @@ def test_a_random_layer_is_right_launch_after_launch(seed: int) -> None:
         x = tokens(model, counts, seed)
         routing = None
         if rng.integers(2):
-            routing = skewed_routing(
-                model, counts, seed, skew=rng.choice([0.0, 1.0, 30.0]), dropped=rng.choice([0, 0.3, 1])
-            )
-        elif policy is BIG_FIRST:  # the lists are made for what the reference's gate chooses
-            x = tokens_without_ties(model, weights_of(model), counts) if counts[0] < 10 else x
-        try:
-            result = layer(x, routing=routing)
-        except LaunchError:
-            assert policy is BIG_FIRST and routing is None and counts[0] >= 10  # a near-tie
-            continue
+            skew, dropped = rng.choice([0.0, 1.0, 30.0]), rng.choice([0, 0.3, 1])
+            routing = skewed_routing(model, counts, seed, skew, dropped)
+        elif policy is BIG_FIRST:  # its lists are made for what the reference's gate chooses
+            x = tokens_without_ties(model, weights_of(model), [min(counts[0], 9)])
+        result = layer(x, routing=routing)
         assert_right(model, x, result)
         if trace:
             assert_traced(result, model, tiling, gate=routing is None)

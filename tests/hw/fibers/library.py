@@ -51,8 +51,8 @@ def _sources(folder: Path) -> Path:
     for file, pattern, by in (
         (
             "kernel/pipeline/kernel.cuh",
-            r"extern __shared__ .* shared\[\];",
-            "char* const shared = fibers::shared_memory();",
+            r"extern __shared__ .*;",
+            "char* shared = fibers::shared_memory();",
         ),
         ("device/pack.hip", r"(\w+)<<<(.+)>>>\(", r"launch_apart(\1, \2, "),
     ):

@@ -251,8 +251,7 @@ const char* launch(u32 num_groups, u32 num_threads, std::size_t shared_bytes,
   while (num_alive > 0 && error[0] == 0) {
     ++steps;
     now_ns += step_ns;
-    if (steps - last_progress > most_steps_without_progress)
-      return tell_stuck(), std::fputs(error, stderr), error;
+    if (steps - last_progress > most_steps_without_progress) return tell_stuck();
     if (!copies.empty() && random_below(copy_delay) == 0) complete_copy();
     if (ready.empty())
       idle();
