@@ -62,6 +62,8 @@ struct Layer : FlashmoeLayer {
   int launch(const FlashmoeInput& input, Stream stream) override {
     const u32 num_tokens = input.num_tokens[0];
     if (num_tokens == 0) return 0;
+    if ((reinterpret_cast<u64>(input.x_device[0]) | reinterpret_cast<u64>(input.out_device[0])) % 16 != 0)
+      return fail("x or out is not aligned to 16 bytes");
     const Instance& chosen = instance_for(tiling, num_tokens);
     Params p{};
     p.cut = LogTiling::of(tiling);
@@ -112,6 +114,8 @@ struct Layer : FlashmoeLayer {
   }
 
   int trace(u32, u32 worker, TraceRecord* mine, u32* size, u32* drops) const override {
+    *size = *drops = 0;
+    if (last_num_tokens[0] == 0) return 0;  // nothing ran
     const u32 capacity = config.trace_capacity;
     std::vector<WorkerLog> log(num_workers);
     if (flashmoe_copy(log.data(), logs.as<>(), log.size() * sizeof log[0]) ||

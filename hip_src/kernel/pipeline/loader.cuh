@@ -65,11 +65,7 @@ class Loader {
     }
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       if (is_mine()) {
-        if (block != none) {
-          wait_for_block(item, block);
-          // The rows were stored as all stores are, and will be read by the copy engine.
-          sm90::fence_before_copies();
-        }
+        if (block != none) wait_for_block(item, block);
         if (k0 == 0) stamp_ready(item);
         group_.wait(group_.slot_free(slots_.slot), slots_.parity);
         if (group_.warp_stopped()) return;
@@ -187,6 +183,8 @@ class Loader {
       const u32 ballot = __ballot_sync(~0u, ready);
       __syncwarp();
       if (ballot & 1u) {
+        // The rows were stored as all stores are, and will be read by the copy engine.
+        sm90::fence_before_copies();
         ready_begin_ = block;
         ready_end_ = block + (ballot == ~0u ? 32 : __ffs(static_cast<int>(~ballot)) - 1);
         return;

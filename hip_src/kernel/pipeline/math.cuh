@@ -81,7 +81,6 @@ class Mathematician {
     planner_.build<mode>(graph_.plan, group_.params.order);
     if (warp_ == 0) {
       __syncwarp();
-      sm90::fence_before_copies();  // the ring has been scratch memory so far
       sm90::arrive_if(group_.planned(), lane_ == 0);
     }
     group_.wait(group_.planned(), 0);

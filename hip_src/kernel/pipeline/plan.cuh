@@ -30,6 +30,11 @@ struct Planner {
   __device__ __forceinline__ u32 num_tokens() const { return group.params.num_tokens; }
   __device__ __forceinline__ u32 mask_words() const { return SharedLayout::mask_words(num_tokens()); }
   __device__ __forceinline__ static void meet() { sm90::named_barrier<math_barrier, math_threads>(); }
+  //! As meet(), after stores to where the ring will be: the copy engine writes there next.
+  __device__ __forceinline__ static void hand_over() {
+    sm90::fence_before_copies();
+    meet();
+  }
 
   //! Before the first task.
   __device__ __forceinline__ void clear() const {
@@ -300,7 +305,7 @@ struct Planner {
     const bool is_sorted = order == Order::arrival || order == Order::lpt;
     meet();  // the masks are clear
     gather_routing<mode>();
-    meet();
+    hand_over();
     if (words > 1) {
       for (u32 expert = thread; expert < num_experts; expert += math_threads) {
         u32 sum = 0;
@@ -310,7 +315,7 @@ struct Planner {
         }
         count[expert] = sum;
       }
-      meet();
+      hand_over();
     }
     if (warp == 0) {
       add_up(plan, words > 1 ? count : mask, words > 1);
@@ -400,7 +405,7 @@ struct Planner {
       const u32 first = entries[plan.entry_offset[expert]];
       key[i] = order == Order::lpt ? ~plan.expert_tokens(expert) : (first / top_k) << 10 | first % top_k;
     }
-    meet();
+    hand_over();
     for (u32 i = thread; i < active; i += math_threads) {
       u32 place = 0;
       for (u32 j = 0; j < active; ++j) place += key[j] < key[i] || (key[j] == key[i] && j < i) ? 1 : 0;
