@@ -1,6 +1,6 @@
-// The pipelined kernel: a work-group is a worker. One warp picks tasks, one streams their weights, four load
-// tokens, eight multiply, two finish; they hand work on through shared memory and never wait for a whole
-// work-group.
+// The pipelined kernel: a work-group is a worker. Some of its warps pick tasks, stream their weights, load
+// their tokens, multiply, finish and signal (see Roles); they hand work on through shared memory and never
+// wait for a whole work-group.
 #pragma once
 #include "finish.cuh"
 #include "loader.cuh"
