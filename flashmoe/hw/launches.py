@@ -120,11 +120,8 @@ def _records(table: TaskTable, buffers: list[np.ndarray[Any, Any]], num_workers:
     records["ticket_ps"] = (start_ns - raw["ticket_delta"]) * 1000
     records["asked_ps"], records["loaded_ps"] = records["ticket_ps"], records["start_ps"]
     records["done_ps"] = records["end_ps"]
-    if len(rows) == len(table):
-        # All workers share a clock: inputs were complete when their last maker ended. Or before, where they travel as
-        # words that say so themselves: then the maker may note its end when the reader has begun.
-        ready_ps = ready_times(table, records["end_ps"].astype(np.int64))
-        records["ready_ps"] = np.minimum(ready_ps, records["start_ps"].astype(np.int64))
+    if len(rows) == len(table):  # all workers share a clock, so inputs were complete when their last maker ended
+        records["ready_ps"] = ready_times(table, records["end_ps"].astype(np.int64))
     else:
         records["ready_ps"] = (start_ns - raw["ready_delta"]) * 1000
     return records
