@@ -2,6 +2,7 @@
 #include <cstdarg>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "built_shape.hpp"
 #include "layer.hpp"
@@ -21,6 +22,34 @@ int fail(const char* format, ...) {
 }
 int check(GPU(Error_t) status, const char* what) {
   return status == GPU(Success) ? 0 : fail("%s: %s", what, GPU(GetErrorString)(status));
+}
+
+int read_trace(const TraceSummary* summaries_device, const TraceRecord* records_device, u64 num_workers,
+               u64 index, u32 capacity, TraceRecord* records, u32* size, u32* drops) {
+  std::vector<TraceSummary> all(num_workers);
+  if (flashmoe_copy(all.data(), summaries_device, num_workers * sizeof(TraceSummary))) return 1;
+  u64 begin_ns = all[0].begin_ns;
+  for (const TraceSummary& summary : all) begin_ns = std::min(begin_ns, summary.begin_ns);
+  *size = all[index].size;
+  *drops = all[index].drops;
+  if (flashmoe_copy(records, records_device + index * capacity, *size * sizeof(TraceRecord))) return 1;
+  for (u32 i = 0; i < *size; ++i) records[i].start_ns -= begin_ns;
+  return 0;
+}
+
+//! 1, with the reason, for what no kernel can do.
+static int refuse(const FlashmoeConfig& c, const Tiling& t) {
+  if (c.max_tokens > 1024) return fail("max_tokens=%u (accepted: 0..1024)", c.max_tokens);
+  if (c.queue > static_cast<u32>(QueueKind::replay)) return fail("queue=%u (accepted: 0..4)", c.queue);
+  if (c.order > static_cast<u32>(Order::arrival)) return fail("order=%u (accepted: 0..5)", c.order);
+  if (c.look_ahead > max_look_ahead)
+    return fail("look_ahead=%u (accepted: 0..%u)", c.look_ahead, max_look_ahead);
+  if (c.num_domains < 1) return fail("num_domains=0 (must be at least 1)");
+  for (u32 size : {t.gate_tokens, t.gate_experts, t.dispatch_tokens, t.block_tokens, t.combine_tokens})
+    if (size == 0) return fail("a size of the tiling is 0 (all but experts_per_pick must be at least 1)");
+  if (t.gate_tokens % t.dispatch_tokens != 0)
+    return fail("dispatch_tokens=%u (must divide gate_tokens=%u)", t.dispatch_tokens, t.gate_tokens);
+  return 0;
 }
 
 }  // namespace flashmoe
@@ -71,6 +100,7 @@ int flashmoe_create(const FlashmoeConfig* config, const FlashmoeWeights* weights
                       t.combine_tokens};
   enum { best, general_one, pipelined };
   if (config->kernel > pipelined) return fail("kernel=%u (accepted: 0, 1, 2)", config->kernel);
+  if (refuse(*config, tiling)) return 1;
   const bool pipeline_can = config->kernel != general_one && pipeline::refuse(*config, tiling) == 0;
   if (!pipeline_can && (config->kernel == pipelined || general::refuse(*config, tiling))) return 1;
   FlashmoeDevice device;
@@ -93,6 +123,8 @@ int flashmoe_launch(FlashmoeLayer* layer, const FlashmoeInput* input, void* stre
   for (u32 pe = 0; pe < layer->config.num_pes; ++pe) {
     if (input->num_tokens[pe] > layer->config.max_tokens)
       return fail("%u tokens (the layer has room for %u)", input->num_tokens[pe], layer->config.max_tokens);
+    if ((reinterpret_cast<u64>(input->x_device[pe]) | reinterpret_cast<u64>(input->out_device[pe])) % 16 != 0)
+      return fail("PE %u: x or out is not aligned to 16 bytes", pe);
     layer->last_num_tokens[pe] = input->num_tokens[pe];
   }
   return layer->launch(*input, static_cast<Stream>(stream));

@@ -1,8 +1,6 @@
 // The general kernel: its two instances, and their launches.
 #include "layer.hpp"
 // the runtime first: it defines what the kernel's headers are made of
-#include <vector>
-
 #include "general/kernel.hpp"
 
 #if defined(__HIP__)
@@ -88,8 +86,6 @@ struct Layer : FlashmoeLayer {
         std::any_of(given, given + config.num_pes, [](auto* idx) { return idx != nullptr; });
     now.launch.gate_inside = is_given ? 0 : 1;
     for (u32 pe = 0; pe < config.num_pes; ++pe) {
-      if ((reinterpret_cast<u64>(input.x_device[pe]) | reinterpret_cast<u64>(input.out_device[pe])) % 16 != 0)
-        return fail("PE %u: x or out is not aligned to 16 bytes", pe);
       if (is_given && given[pe] == nullptr && input.num_tokens[pe] > 0)
         return fail("PE %u: no routing, where other PEs have theirs given", pe);
       LaunchPe& own = now.pes[pe];
@@ -122,18 +118,9 @@ struct Layer : FlashmoeLayer {
   }
 
   int trace(u32 pe, u32 worker, TraceRecord* mine, u32* size, u32* drops) const override {
-    std::vector<TraceSummary> all(u64{config.num_pes} * num_workers);
-    if (flashmoe_copy(all.data(), summaries.as<>(), all.size() * sizeof(TraceSummary))) return 1;
-    u64 begin_ns = all[0].begin_ns;
-    for (const TraceSummary& summary : all) begin_ns = std::min(begin_ns, summary.begin_ns);
-    const u64 index = u64{pe} * num_workers + worker;
-    *size = all[index].size;
-    *drops = all[index].drops;
-    if (flashmoe_copy(mine, records.as<TraceRecord>() + index * config.trace_capacity,
-                      *size * sizeof(TraceRecord)))
-      return 1;
-    for (u32 i = 0; i < *size; ++i) mine[i].start_ns -= begin_ns;
-    return 0;
+    return read_trace(summaries.as<TraceSummary>(), records.as<TraceRecord>(),
+                      u64{config.num_pes} * num_workers, u64{pe} * num_workers + worker,
+                      config.trace_capacity, mine, size, drops);
   }
 };
 
@@ -143,16 +130,6 @@ int refuse(const FlashmoeConfig& c, const Tiling& t) {
   if (c.num_pes < 1 || c.num_pes > max_pes) return fail("%u PEs (accepted: 1..%u)", c.num_pes, max_pes);
   if (built::num_experts % c.num_pes != 0)
     return fail("%u PEs for %u experts (each PE must have as many)", c.num_pes, built::num_experts);
-  if (c.max_tokens > 1024) return fail("max_tokens=%u (accepted: 0..1024)", c.max_tokens);
-  if (c.queue > static_cast<u32>(QueueKind::replay)) return fail("queue=%u (accepted: 0..4)", c.queue);
-  if (c.order > static_cast<u32>(Order::arrival)) return fail("order=%u (accepted: 0..5)", c.order);
-  if (c.look_ahead > max_look_ahead)
-    return fail("look_ahead=%u (accepted: 0..%u)", c.look_ahead, max_look_ahead);
-  if (c.num_domains < 1) return fail("num_domains=0 (must be at least 1)");
-  for (u32 size : {t.gate_tokens, t.gate_experts, t.dispatch_tokens, t.block_tokens, t.combine_tokens})
-    if (size == 0) return fail("a size of the tiling is 0 (all but experts_per_pick must be at least 1)");
-  if (t.gate_tokens % t.dispatch_tokens != 0)
-    return fail("dispatch_tokens=%u (must divide gate_tokens=%u)", t.dispatch_tokens, t.gate_tokens);
   if (t.up_rows == 0 || t.up_rows % 8 != 0) return fail("up_rows=%u (must be a multiple of 8)", t.up_rows);
   if (t.down_rows == 0 || t.down_rows % 16 != 0)
     return fail("down_rows=%u (must be a multiple of 16)", t.down_rows);

@@ -40,6 +40,11 @@ class DeviceMemory {
   u64 bytes_ = 0;
 };
 
+//! The trace of worker `index` of `num_workers` in all, as flashmoe_trace gives it. A record's start is the
+//! device's clock.
+int read_trace(const TraceSummary* summaries_device, const TraceRecord* records_device, u64 num_workers,
+               u64 index, u32 capacity, TraceRecord* records, u32* size, u32* drops);
+
 //! Re-orders the weights for the matrix instruction, as flashmoe_pack says.
 u64 pack_scratch_bytes();
 void pack(void* gate_up, void* down, void* scratch, Stream stream);

@@ -1,6 +1,4 @@
 // The pipelined kernel: launches of its instances.
-#include <vector>
-
 #include "layer.hpp"
 #include "pipeline.hpp"
 
@@ -29,7 +27,7 @@ constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
 
 struct Layer : FlashmoeLayer {
   Layout layout;
-  DeviceMemory workspace, report, records, logs;
+  DeviceMemory workspace, report, records, summaries;
 
   int create(const FlashmoeDevice& device) override {
     num_workers = config.num_workers == 0 ? device.num_cus : config.num_workers;
@@ -40,7 +38,7 @@ struct Layer : FlashmoeLayer {
     if (workspace.allocate(layout.bytes, "workspace") ||
         report.allocate(sizeof(FaultReport), "fault report") ||
         records.allocate(u64{num_workers} * config.trace_capacity * sizeof(TraceRecord), "trace") ||
-        logs.allocate(num_workers * sizeof(WorkerLog), "trace"))
+        summaries.allocate(num_workers * sizeof(TraceSummary), "trace"))
       return 1;
     for (const Instances& instances : {words(), rows(), tiles()}) {
       for (u32 i = 0; i < instances.size; ++i) {
@@ -62,8 +60,6 @@ struct Layer : FlashmoeLayer {
   int launch(const FlashmoeInput& input, Stream stream) override {
     const u32 num_tokens = input.num_tokens[0];
     if (num_tokens == 0) return 0;
-    if ((reinterpret_cast<u64>(input.x_device[0]) | reinterpret_cast<u64>(input.out_device[0])) % 16 != 0)
-      return fail("x or out is not aligned to 16 bytes");
     const Instance& chosen = instance_for(tiling, num_tokens);
     Params p{};
     p.cut = LogTiling::of(tiling);
@@ -87,7 +83,7 @@ struct Layer : FlashmoeLayer {
     p.deadline_ns = config.deadline_ns;
     p.fault = fault();
     p.records = records.as<TraceRecord>();
-    p.logs = logs.as<WorkerLog>();
+    p.summaries = summaries.as<TraceSummary>();
     p.trace_capacity = config.trace_capacity;
     p.ring_slots = ring_slots(chosen.mode);
     cudaLaunchAttribute overlap{};
@@ -116,19 +112,8 @@ struct Layer : FlashmoeLayer {
   int trace(u32, u32 worker, TraceRecord* mine, u32* size, u32* drops) const override {
     *size = *drops = 0;
     if (last_num_tokens[0] == 0) return 0;  // nothing ran
-    const u32 capacity = config.trace_capacity;
-    std::vector<WorkerLog> log(num_workers);
-    if (flashmoe_copy(log.data(), logs.as<>(), log.size() * sizeof log[0]) ||
-        flashmoe_copy(mine, records.as<TraceRecord>() + u64{worker} * capacity,
-                      u64{capacity} * sizeof(TraceRecord)))
-      return 1;
-    u64 first = log[0].begin_ns;
-    for (const WorkerLog& each : log) first = each.begin_ns < first ? each.begin_ns : first;
-    const u32 tasks = static_cast<u32>(log[worker].num_tasks);
-    *size = tasks < capacity ? tasks : capacity;
-    *drops = tasks - *size;
-    for (u32 i = 0; i < *size; ++i) mine[i].start_ns += log[worker].begin_ns - first;
-    return 0;
+    return read_trace(summaries.as<TraceSummary>(), records.as<TraceRecord>(), num_workers, worker,
+                      config.trace_capacity, mine, size, drops);
   }
 };
 
@@ -136,7 +121,6 @@ struct Layer : FlashmoeLayer {
 
 int refuse(const FlashmoeConfig& c, const Tiling& t) {
   if (c.num_pes != 1) return fail("%u PEs on one card (the pipelined kernel does 1)", c.num_pes);
-  if (c.max_tokens > 1024) return fail("max_tokens=%u (accepted: 0..1024)", c.max_tokens);
   if (static_cast<QueueKind>(c.queue) == QueueKind::push)
     return fail("queue push (the pipelined kernel does ticket, domain, static and replay)");
   if (t.granularity != Granularity::tile)

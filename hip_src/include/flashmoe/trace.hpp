@@ -48,4 +48,10 @@ struct NoTrace {
   FLASHMOE_FN void add(const TraceRecord&) {}
 };
 
+//! What a worker's buffer holds after a launch on a device.
+struct TraceSummary {
+  u64 begin_ns;  // when the worker began
+  u32 size, drops;
+};
+
 }  // namespace flashmoe

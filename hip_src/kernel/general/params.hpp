@@ -6,12 +6,6 @@ namespace flashmoe::general {
 
 constexpr u32 max_pes = 8;
 
-//! What a worker's trace holds after a launch.
-struct TraceSummary {
-  u64 begin_ns;  // when the worker began
-  u32 size, drops;
-};
-
 struct Params {
   Launch launch;
   LaunchPe pes[max_pes];

@@ -43,7 +43,11 @@ class Finisher {
       items_.advance(num_items);
     }
     if constexpr (traced) {
-      if (warp_ == 0 && lane_ == 0) group_.params.logs[group_.worker].num_tasks = num_tasks_;
+      if (warp_ == 0 && lane_ == 0) {
+        TraceSummary& summary = group_.params.summaries[group_.worker];
+        summary.size = num_tasks_ < group_.params.trace_capacity ? num_tasks_ : group_.params.trace_capacity;
+        summary.drops = num_tasks_ - summary.size;
+      }
     }
   }
 

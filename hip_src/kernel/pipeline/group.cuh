@@ -56,7 +56,7 @@ struct Group {
   SharedLayout at;
   u32 worker;
   u32 epoch;
-  u32 begin_ns;  // with the trace on: when the worker began
+  u64 begin_ns;  // with the trace on: when the worker began
 
   __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch % 2]; }
   template <class T>
@@ -126,12 +126,13 @@ struct Group {
 
   // --- the trace
   //! Since the worker began; its clock's low half will do.
-  __device__ __forceinline__ u32 now_ns() const { return sm90::timer_ns() - begin_ns; }
+  __device__ __forceinline__ u32 now_ns() const { return sm90::timer_ns() - static_cast<u32>(begin_ns); }
+  __device__ __forceinline__ u64* begin_in_shared() const { return in_shared<u64>(at.scratch + 16); }
   __device__ __forceinline__ void keep_record(const Item& item, u32 index) const {
     if (index >= params.trace_capacity) return;  // counted as dropped
     const u32 end_ns = now_ns(), start_ns = item.start_ns();
     params.records[u64{worker} * params.trace_capacity + index] = TraceRecord{
-        start_ns,
+        begin_ns + start_ns,
         end_ns - start_ns,
         item.id,
         start_ns - item.ticket_ns,

@@ -44,12 +44,10 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   // needs it.
   group.epoch = load_relaxed<Scope::device>(group.in_workspace<u32>(params.layout.epoch) + group.worker) + 1;
   if (traced && threadIdx.x == 0) {
-    const u64 begin_ns = clock_ns();
-    params.logs[group.worker].begin_ns = begin_ns;
-    group.stop_flag()[2] = static_cast<u32>(begin_ns);
+    *group.begin_in_shared() = params.summaries[group.worker].begin_ns = clock_ns();
   }
   __syncthreads();
-  if constexpr (traced) group.begin_ns = group.stop_flag()[2];
+  if constexpr (traced) group.begin_ns = *group.begin_in_shared();
 
   if (warp < math_warps) {
     Mathematician<groups, mode, traced>(group, graph).run();

@@ -140,12 +140,6 @@ struct Layout {
   }
 };
 
-//! Of a worker, with the trace on.
-struct WorkerLog {
-  u64 begin_ns;   // when it began
-  u64 num_tasks;  // records, the dropped ones included
-};
-
 struct Params {
   LogTiling cut;
   QueueKind queue;
@@ -162,8 +156,8 @@ struct Params {
   u32 ring_slots;
   u64 deadline_ns;
   FaultReport* fault;
-  TraceRecord* records;  // [num_workers][trace_capacity]
-  WorkerLog* logs;       // [num_workers]
+  TraceRecord* records;     // [num_workers][trace_capacity]
+  TraceSummary* summaries;  // [num_workers]
   u32 trace_capacity;
 };
 
