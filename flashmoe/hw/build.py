@@ -73,7 +73,6 @@ def build_library(model: MoEModel, target: str = "sm_90", *, progress: Callable[
         "-O3",
         "-std=c++17",
         *compiler.compile_flags,
-        *("-I", str(sources / "include"), "-I", str(sources / "kernel")),
         f"-DFLASHMOE_D_MODEL={model.d_model}",
         f"-DFLASHMOE_D_FF={model.d_ff}",
         f"-DFLASHMOE_NUM_EXPERTS={model.num_experts}",
@@ -93,7 +92,7 @@ def build_microbenchmarks(*, progress: Callable[[str], None] | None = None) -> P
     compiler = find_compiler("sm_90")
     sources = source_folder()
     flags = ["-O3", "-std=c++17", *compiler.compile_flags]
-    name = f"calibrate-{_digest(sources, ('calibrate',), compiler, flags)}"
+    name = f"calibrate-{_digest(sources, ('include', 'kernel', 'calibrate'), compiler, flags)}"
     return _cached(name, compiler, flags, sources / "calibrate", "microbenchmarks for sm_90", progress)
 
 
@@ -131,6 +130,8 @@ def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> 
     files = sorted(file for file in folder.iterdir() if file.suffix in compiler.suffixes)
     if not files:
         raise BuildError(f"{folder} has no {' or '.join(compiler.suffixes)} file")
+    # here, so that the cache's names do not depend on where the sources lie
+    flags = [*flags, *("-I", str(folder.parent / "include"), "-I", str(folder.parent / "kernel"))]
     if compiler.device_libraries is not None:
         flags = [*flags, f"--hip-device-lib-path={_with_gfx942(compiler.device_libraries, made.parent / 'bitcode')}"]
     objects = [made.parent / f"{file.stem}.o" for file in files]

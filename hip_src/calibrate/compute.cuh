@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(32 * kMatrixWarps, 1)
         make_uint4(small_pair(bits.x), small_pair(bits.y), small_pair(bits.z), small_pair(bits.w));
   }
   __syncthreads();
-  const u32 mine = shared_address(block.ring) + threadIdx.x / 32 * kFragments * 512 + threadIdx.x % 32 * 16;
+  const u32 mine =
+      sm90::shared_address(block.ring) + threadIdx.x / 32 * kFragments * 512 + threadIdx.x % 32 * 16;
   uint4 weights[kFragments];
   uint2 tokens[kFragments][kTokenTiles];
   for (u32 i = 0; i < kFragments; ++i) {
@@ -174,8 +175,8 @@ __global__ void __launch_bounds__(kReaders + 32, 1)
   if (threadIdx.x == kStreamThread) stream_beside(background, block, true);
   if (threadIdx.x >= kReaders) return;
   const unsigned char* region = reads.data + blockIdx.x * reads.block_bytes;
-  const u64 policy = evict_normal_policy();
-  const u32 copy = shared_address(block.ring) + kReadSlot * kSlotBytes;
+  const u64 policy = sm90::keep_policy();
+  const u32 copy = sm90::shared_address(block.ring) + kReadSlot * kSlotBytes;
   const u32 barrier = block.barriers + 8 * kReadBarrier;
   wait_until_ns(block.start_ns + background.warm_ns);
   const u64 end_ns = block.start_ns + background.warm_ns + background.window_ns;

@@ -1,10 +1,10 @@
 #pragma once
 // The PTX instructions that the benchmarks are made of, and waits that cannot hang the GPU.
-#include <cstdint>
 #include <cstdio>
 
-using u32 = std::uint32_t;
-using u64 = std::uint64_t;
+#include "pipeline/sm90.cuh"
+
+using namespace flashmoe;
 
 //! A wait longer than this is a fault: the kernel says which one and traps.
 constexpr u64 kWaitLimitNs = 500'000'000;
@@ -50,118 +50,23 @@ __device__ __forceinline__ void wait_until_ns(u64 time_ns) {
   wait_until([&] { return now_ns() >= time_ns; }, "a point in time");
 }
 
-// ---- words that SMs share
-
-__device__ __forceinline__ u32 load_acquire(const u32* word) {
-  u32 value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ u64 load_acquire(const u64* word) {
-  u64 value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ u32 load_relaxed(const u32* word) {
-  u32 value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void store_relaxed(u32* word, u32 value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_release(u32* word, u32 value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_release(u64* word, u64 value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
-}
+// ---- words that SMs share: what the kernels use, and the addition of any number
 
 __device__ __forceinline__ void add_release(u32* word, u32 value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ u32 fetch_add_acq_rel(u32* word, u32 value) {
-  u32 old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(word), "r"(value)
-               : "memory");
-  return old;
-}
-
-__device__ __forceinline__ u32 fetch_add_relaxed(u32* word, u32 value) {
-  u32 old;
-  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(word), "r"(value)
-               : "memory");
-  return old;
-}
-
 // ---- bulk copies: one thread issues them, an mbarrier in shared memory counts their bytes
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-//! Makes the barriers' first state visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
-  u32 passed;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(passed)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return passed != 0;
-}
-
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  wait_until([&] { return barrier_passed(barrier, parity); }, "a bulk copy");
-}
-
-//! Policy for bytes read once: the first to leave L2.
-__device__ __forceinline__ u64 evict_first_policy() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ __forceinline__ u64 evict_normal_policy() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
+  wait_until([&] { return sm90::phase_is_over(barrier, parity); }, "a bulk copy");
 }
 
 //! Starts a copy of `bytes` (a multiple of 16) into shared memory; `barrier` must expect them.
 __device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier,
                                           u64 policy) {
-  barrier_expect(barrier, bytes);
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
-      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
+  sm90::arrive_and_expect(barrier, bytes);
+  sm90::bulk_copy(shared, global, bytes, barrier, policy);
 }
 
 // ---- one block an SM, all blocks from one moment on
@@ -184,10 +89,10 @@ struct Start {
 //! Returns a common time a little ahead [ns of now_ns()].
 __device__ __forceinline__ u64 start_together(Start* start) {
   constexpr u64 kLeadNs = 10'000;  // longer than any signal takes
-  if (fetch_add_acq_rel(&start->arrived, 1) == gridDim.x - 1)
-    store_release(&start->at_ns, now_ns() + kLeadNs);
+  if (fetch_add_acq_rel<Scope::device>(&start->arrived, 1u) == gridDim.x - 1)
+    store_release<Scope::device>(&start->at_ns, now_ns() + kLeadNs);
   u64 at_ns = 0;
-  wait_until([&] { return (at_ns = load_acquire(&start->at_ns)) != 0; }, "the other blocks");
+  wait_until([&] { return (at_ns = load_acquire<Scope::device>(&start->at_ns)) != 0; }, "the other blocks");
   return at_ns;
 }
 
@@ -203,12 +108,12 @@ __device__ __forceinline__ Block open_block(Start* start) {
   __shared__ u64 barriers[kMaxSlots];
   __shared__ u64 start_ns;
   if (threadIdx.x == 0) {
-    for (u32 i = 0; i < kMaxSlots; ++i) barrier_init(shared_address(&barriers[i]), 1);
-    barrier_init_fence();
+    for (u32 i = 0; i < kMaxSlots; ++i) sm90::barrier_init(sm90::shared_address(&barriers[i]), 1);
+    sm90::barriers_initialised();
     start_ns = start_together(start);
   }
   __syncthreads();
-  return {shared, shared_address(barriers), start_ns};
+  return {shared, sm90::shared_address(barriers), start_ns};
 }
 
 // ---- the stream of weights
@@ -232,16 +137,16 @@ struct Count {
 //! end_ns).
 __device__ __forceinline__ Count stream_until(const Stream& stream, const Block& block, u64 begin_ns,
                                               u64 end_ns) {
-  const u64 policy = evict_first_policy();
-  const u32 ring = shared_address(block.ring);
-  u64 next = stream.ticket ? fetch_add_relaxed(stream.ticket, 1) : blockIdx.x;
+  const u64 policy = sm90::evict_first_policy();
+  const u32 ring = sm90::shared_address(block.ring);
+  u64 next = stream.ticket ? fetch_add_relaxed<Scope::device>(stream.ticket, 1u) : blockIdx.x;
   auto issue = [&](u32 slot) {
     u64 chunk = stream.first_chunk + next;
     while (chunk >= stream.num_chunks) chunk -= stream.num_chunks;
     bulk_copy(ring + slot * kSlotBytes, stream.data + chunk * kSlotBytes, kSlotBytes,
               block.barriers + 8 * slot, policy);
     // The next ticket is asked for here and looked at when a slot is free: its trip hides behind the copies.
-    next = stream.ticket ? fetch_add_relaxed(stream.ticket, 1) : next + gridDim.x;
+    next = stream.ticket ? fetch_add_relaxed<Scope::device>(stream.ticket, 1u) : next + gridDim.x;
   };
   u32 in_flight = 0;
   while (in_flight < stream.slots && next < stream.work_chunks) issue(in_flight++);

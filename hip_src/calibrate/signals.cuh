@@ -44,20 +44,20 @@ __global__ void __launch_bounds__(kSignalThreads, 1)
     }
     if (lane != 0) return;
     if (game.signal == Signal::word) {
-      store_relaxed(mine, over ? kOver : value);
+      store_relaxed<Scope::device>(mine, over ? kOver : value);
     } else if (game.signal == Signal::add) {
       add_release(mine, over ? kOver : 1);
     } else {
-      store_release(mine, over ? kOver : value);
+      store_release<Scope::device>(mine, over ? kOver : value);
     }
   };
   auto receive = [&](u32 value) {
     u32 seen = 0;
     if (lane == 0) {
       if (game.signal == Signal::word) {
-        wait_until([&] { return (seen = load_relaxed(theirs)) >= value; }, "a signal");
+        wait_until([&] { return (seen = load_relaxed<Scope::device>(theirs)) >= value; }, "a signal");
       } else {
-        wait_until([&] { return (seen = load_acquire(theirs)) >= value; }, "a signal");
+        wait_until([&] { return (seen = load_acquire<Scope::device>(theirs)) >= value; }, "a signal");
       }
     }
     return (__shfl_sync(~0u, seen, 0) & kOver) != 0;
@@ -182,9 +182,9 @@ __global__ void __launch_bounds__(kSignalThreads, 1)
       const u64 issued_ns = now_ns();
       if (!counter.last_arriver) {
         add_release(counter.words, 1);
-      } else if (fetch_add_acq_rel(counter.words, 1) == full - 1) {
+      } else if (fetch_add_acq_rel<Scope::device>(counter.words, 1u) == full - 1) {
         const u64 last_ns = now_ns();
-        store_release(flag, round + 1);
+        store_release<Scope::device>(flag, round + 1);
         counter.last_ns[round] = last_ns;
       }
       counter.issued_ns[round * kAdders + blockIdx.x] = issued_ns;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kSignalThreads, 1)
       wait_until_ns(begin_ns - counter.period_ns / 2);
       const u32* word = counter.last_arriver ? flag : counter.words;
       const u32 wanted = counter.last_arriver ? round + 1 : full;
-      wait_until([&] { return load_acquire(word) >= wanted; }, "a counter");
+      wait_until([&] { return load_acquire<Scope::device>(word) >= wanted; }, "a counter");
       counter.seen_ns[round * counter.num_waiters + waiter] = now_ns();
     }
   }
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kSignalThreads, 1)
       last_cycle = now_cycles();
     }
     // No ticket is this large: the branch makes the clock wait for the value.
-    if (fetch_add_relaxed(tickets.word, 1) == ~0u) give_up("a ticket");
+    if (fetch_add_relaxed<Scope::device>(tickets.word, 1u) == ~0u) give_up("a ticket");
     const u64 cycle = now_cycles();
     tickets.cycles[blockIdx.x * tickets.size + i] = static_cast<u32>(cycle - last_cycle);
     last_cycle = cycle;

@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(32, 1)
                    Start* start, u32* cycles, u32 size, u64* elapsed) {
   const Block block = open_block(start);
   if (threadIdx.x != 0) return;
-  const u64 policy = in_cache ? evict_normal_policy() : evict_first_policy();
-  const u32 ring = shared_address(block.ring);
+  const u64 policy = in_cache ? sm90::keep_policy() : sm90::evict_first_policy();
+  const u32 ring = sm90::shared_address(block.ring);
   u64 state = seed;
   const u64 first_ns = now_ns(), first_cycle = now_cycles();
   for (u32 i = 0; i < size + 1; ++i) {
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(32, 1)
   if (threadIdx.x != 0) return;
   // Behind the ring, so that nothing is stored to memory while the tasks run.
   u32* kept = reinterpret_cast<u32*>(block.ring + kTaskSlots * kSlotBytes);
-  const u64 policy = evict_first_policy();
-  const u32 ring = shared_address(block.ring);
+  const u64 policy = sm90::evict_first_policy();
+  const u32 ring = sm90::shared_address(block.ring);
   u64 task = (first_task + blockIdx.x) % num_tasks_in_data;
   auto slot_bytes = [](u32 slot) {
     return slot + 1 == kTaskSlots ? kTaskBytes - slot * kSlotBytes : kSlotBytes;
