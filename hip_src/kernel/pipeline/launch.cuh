@@ -32,6 +32,7 @@ template <Mode mode>
 struct Roles {
   static constexpr u32 finish_warps = mode == Mode::words ? 2 : 4, load_warps = mode == Mode::words ? 4 : 1,
                        signal_warps = mode == Mode::words ? 0 : 1;
+  static constexpr u32 most_rows = mode == Mode::words ? 8 : mode == Mode::rows ? 32 : 64;  // of a block
   static constexpr u32 finish_threads = 32 * finish_warps;
   static constexpr u32 pick = math_warps + finish_warps, stream = pick + 1, load = stream + 1,
                        signal = load + load_warps;

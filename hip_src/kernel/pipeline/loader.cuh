@@ -14,8 +14,7 @@ class Loader {
       : group_(group),
         graph_(graph),
         warp_(threadIdx.x / 32 - R::load),
-        lane_(threadIdx.x % 32),
-        policy_(sm90::keep_policy()) {}
+        lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
     for (;;) {
@@ -27,7 +26,7 @@ class Loader {
       sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
       items_.advance(num_items);
     }
-    wait_for_copies();
+    sm90::wait_for_async_copies();  // they write this work-group's shared memory
   }
 
  private:
@@ -48,8 +47,8 @@ class Loader {
     }
   }
 
-  //! Rows of x (block none) or hidden rows, for each slot that their weights fill: a lane copies a row's
-  //! part.
+  //! Rows of x (block none) or hidden rows, for each slot that their weights fill. Some lanes share a row: all,
+  //! where there is one, and four where there are five or more.
   template <u32 k>
   __device__ __forceinline__ void load_rows(Item& item, u32 first, u32 count, u32 block) {
     const Split split = item.split(graph_.tiling);
@@ -57,11 +56,13 @@ class Loader {
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
     const char* rows = block == none ? static_cast<const char*>(group_.params.x)
                                      : group_.template in_workspace<char>(group_.params.layout.hidden);
-    u64 offset[2];  // of a lane's rows: blocks have at most 64
+    const u32 log_sharing = count > 4 ? 2 : count > 2 ? 3 : count > 1 ? 4 : 5, at_once = 32u >> log_sharing;
+    const u32 row = lane_ >> log_sharing, vector = lane_ & ((1u << log_sharing) - 1);
+    u32 offset[R::most_rows / 8];  // bytes to a lane's rows: at most 2^14 of 2^14
 #pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-      const u32 row = lane_ + i * 32, entry = row < count ? entries[row] : 0;
-      offset[i] = u64{block == none ? entry / top_k : entry} * (k * 2);
+    for (u32 i = 0; i < R::most_rows / 8; ++i) {
+      const u32 mine = row + i * at_once, entry = mine < count ? entries[mine] : 0;
+      offset[i] = (block == none ? entry / top_k : entry) * (k * 2);
     }
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       if (is_mine()) {
@@ -69,27 +70,27 @@ class Loader {
         if (k0 == 0) stamp_ready(item);
         group_.wait(group_.slot_free(slots_.slot), slots_.parity);
         if (group_.warp_stopped()) return;
-        const u32 bytes = (k - k0 < split.slot_k() ? k - k0 : split.slot_k()) * 2;
-        const u32 to = group_.tokens_of(slots_.slot), full = group_.tokens_full(slots_.slot);
-        if (lane_ == 0) sm90::arrive_and_expect(full, count * bytes);
-        __syncwarp();
+        const u32 vectors = (k - k0 < split.slot_k() ? k - k0 : split.slot_k()) / 8;
+        const char* from = rows + k0 * 2;
+        const u32 to = group_.tokens_of(slots_.slot) + row * pitch;
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-          const u32 row = lane_ + i * 32;
-          if (row < count) sm90::bulk_copy(to + row * pitch, rows + offset[i] + k0 * 2, bytes, full, policy_);
+        for (u32 i = 0; i < R::most_rows / 8; ++i) {
+          if (i * at_once >= count) break;
+          if (row + i * at_once >= count) continue;
+#pragma unroll 3
+          for (u32 v = vector; v < vectors; v += 1u << log_sharing)
+            sm90::async_copy(to + i * at_once * pitch + v * 16, from + offset[i] + v * 16);
         }
-        if (lane_ != 0) sm90::arrive(full);
-        copied_ |= 1u << slots_.slot;
-        parities_ = (parities_ & ~(1u << slots_.slot)) | (slots_.parity ^ 1) << slots_.slot;
+        sm90::arrive_after_async_copies(group_.tokens_full(slots_.slot));
       }
-      next_slot();
+      slots_.advance(group_.params.ring_slots);
     }
   }
 
   //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
   //! column.
   __device__ __forceinline__ void load_words(Item& item) {
-    constexpr u32 batch = 6;  // pairs of words of a lane on their way
+    constexpr u32 batch = 12;  // pairs of words of a lane on their way
     const Split split = item.split(graph_.tiling);
     const u32 pitch = split.pitch_bytes();
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + item.first;
@@ -141,19 +142,10 @@ class Loader {
                                  static_cast<u32>(words[i][1]));
           }
         }
-        sm90::fence_before_copies();  // rows of x may be copied to the same place
         sm90::arrive(group_.tokens_full(slots_.slot));
       }
-      next_slot();
+      slots_.advance(group_.params.ring_slots);
     }
-  }
-
-  //! The copies under way write this work-group's shared memory: it must not end before them. (They take
-  //! microseconds; the limit is for a slot that other warps were about to use.)
-  __device__ void wait_for_copies() const {
-    for (u32 slot = 0; slot < group_.params.ring_slots; ++slot)
-      for (u32 turns = 0; turns < 4096 && (copied_ >> slot & 1) != 0; ++turns)
-        if (sm90::phase_is_over(group_.tokens_full(slot), parities_ >> slot & 1)) break;
   }
 
   //! A row of a block, and a vector of it.
@@ -183,8 +175,6 @@ class Loader {
       const u32 ballot = __ballot_sync(~0u, ready);
       __syncwarp();
       if (ballot & 1u) {
-        // The rows were stored as all stores are, and will be read by the copy engine.
-        sm90::fence_before_copies();
         ready_begin_ = block;
         ready_end_ = block + (ballot == ~0u ? 32 : __ffs(static_cast<int>(~ballot)) - 1);
         return;
@@ -194,16 +184,8 @@ class Loader {
     }
   }
 
-  //! With fewer slots than warps some have no part: a warp's next slot must be one that was free after its
-  //! last one.
-  __device__ __forceinline__ u32 sharing() const {
-    return group_.params.ring_slots < R::load_warps ? group_.params.ring_slots : R::load_warps;
-  }
-  __device__ __forceinline__ bool is_mine() const { return turn_ == warp_; }
-  __device__ __forceinline__ void next_slot() {
-    slots_.advance(group_.params.ring_slots);
-    turn_ = turn_ + 1 == sharing() ? 0 : turn_ + 1;
-  }
+  //! Always the same warp's: when it comes to the slot again, the last use of it is over.
+  __device__ __forceinline__ bool is_mine() const { return slots_.slot % R::load_warps == warp_; }
   __device__ __forceinline__ void stamp_ready(Item& item) const {
     if constexpr (traced) {
       if (lane_ == 0) item.ready_ns = group_.now_ns();
@@ -213,10 +195,7 @@ class Loader {
   Group& group_;
   const TaskGraph& graph_;
   u32 warp_, lane_;
-  u32 turn_ = 0;                         // of the loading warps, at the present slot
   u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
-  u64 policy_;
-  u32 copied_ = 0, parities_ = 0;  // by slot: is there a copy of this warp's, and the parity of its phase
   Turn items_{0}, slots_{1};
 };
 

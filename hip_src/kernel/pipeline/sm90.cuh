@@ -45,7 +45,7 @@ __device__ __forceinline__ u64 evict_first_policy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-//! Tokens: read again and again.
+//! What is read again.
 __device__ __forceinline__ u64 keep_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
@@ -60,7 +60,15 @@ __device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 b
       : "memory");
 }
 
-// --- tokens
+// --- tokens: 16 bytes each time, past L1
+__device__ __forceinline__ void async_copy(u32 to_shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+}
+//! This thread's arrival, once the copies that it has asked for are there.
+__device__ __forceinline__ void arrive_after_async_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait_for_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void store_shared(u32 to_shared, u32 first, u32 second) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to_shared), "r"(first), "r"(second) : "memory");
 }

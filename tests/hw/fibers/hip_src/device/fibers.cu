@@ -16,6 +16,11 @@ constexpr std::size_t stack_bytes = 64 * 1024;
 constexpr u64 step_ns = 10, most_steps_without_progress = 8'000'000;
 
 struct Group;
+struct Piece {
+  u32 to, bytes;
+  const char* from;
+  std::vector<char> early;  // what was there when it was asked for, else it is read at the end
+};
 struct Fiber {
   Group* group;
   u32 thread;
@@ -23,6 +28,7 @@ struct Fiber {
   bool is_started = false;
   jmp_buf context;
   u32 looks = 0;  // at memory, since it last did something else
+  std::vector<Piece> asked_for;  // by async_copy, since it last handed them to a barrier
 };
 struct Warp {
   u32 generation = 0, arrived = 0;
@@ -52,9 +58,9 @@ struct Group {
 };
 struct Copy {
   Group* group;
-  u32 to, bytes, barrier;
-  const char* from;
-  std::vector<char> early;  // what was there when it was asked for, else it is read at the end
+  Fiber* arrives;  // the thread that has done so when the copy ends; nullptr: its bytes were expected
+  u32 barrier;
+  std::vector<Piece> pieces;
 };
 
 u64 random_state = 1;
@@ -194,12 +200,37 @@ void end_phase_if_over(Barrier& barrier) {
   make_ready(barrier.waiting);
 }
 
-void complete_copy() {
-  const Copy copy = take_any(copies);
-  std::memcpy(copy.group->shared + copy.to, copy.early.empty() ? copy.from : copy.early.data(), copy.bytes);
+void complete(const Copy& copy) {
   Barrier& barrier = copy.group->barriers.at(copy.barrier);
-  barrier.bytes -= copy.bytes;
+  for (const Piece& piece : copy.pieces) {
+    std::memcpy(copy.group->shared + piece.to, piece.early.empty() ? piece.from : piece.early.data(),
+                piece.bytes);
+    if (copy.arrives == nullptr) barrier.bytes -= piece.bytes;
+  }
+  if (copy.arrives != nullptr && barrier.pending-- == 0) fail("too many arrivals after copies");
   end_phase_if_over(barrier);
+}
+void complete_copy() { complete(take_any(copies)); }
+
+//! May write at once, and is not there before its end.
+Piece piece_of(u32 to_shared, const void* from, u32 bytes) {
+  Group& group = *current->group;
+  if (to_shared % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+    fail("copy of %u bytes to %u is not aligned to 16 bytes", bytes, to_shared);
+  if (u64{to_shared} + bytes > group.shared_bytes)
+    fail("copy of %u bytes to %u is too long", bytes, to_shared);
+  if (!is_allocated(from, bytes)) fail("copy of %u bytes from where there is no memory", bytes);
+  for (const Copy& copy : copies) {
+    if (copy.group != &group || copy.arrives == current) continue;
+    for (const Piece& other : copy.pieces)
+      if (to_shared < other.to + other.bytes && other.to < to_shared + bytes)
+        fail("two copies to %u at once", to_shared);
+  }
+  std::memset(group.shared + to_shared, 0xff, bytes);
+  const char* source = static_cast<const char*>(from);
+  Piece piece{to_shared, bytes, source, {}};
+  if (random_below(2) == 0) piece.early.assign(source, source + bytes);
+  return piece;
 }
 
 //! Work-groups whose shared memory holds what a launch before may have left: anything.
@@ -358,22 +389,29 @@ bool phase_is_over(u32 address, u32 parity) {
 
 void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier) {
   interleave();
-  Group& group = *current->group;
-  barrier_at(group, barrier);
-  if (to_shared % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
-    fail("copy of %u bytes to %u is not aligned to 16 bytes", bytes, to_shared);
-  if (u64{to_shared} + bytes > group.shared_bytes)
-    fail("copy of %u bytes to %u is too long", bytes, to_shared);
-  if (!is_allocated(from, bytes)) fail("copy of %u bytes from where there is no memory", bytes);
-  for (const Copy& copy : copies)
-    if (copy.group == &group && to_shared < copy.to + copy.bytes && copy.to < to_shared + bytes)
-      fail("two copies to %u at once", to_shared);
-  const char* source = static_cast<const char*>(from);
-  std::memset(group.shared + to_shared, 0xff,
-              bytes);  // it may write at once, and is not there before its end
-  Copy copy{&group, to_shared, bytes, barrier, source, {}};
-  if (random_below(2) == 0) copy.early.assign(source, source + bytes);
-  copies.push_back(std::move(copy));
+  barrier_at(*current->group, barrier);
+  copies.push_back(Copy{current->group, nullptr, barrier, {piece_of(to_shared, from, bytes)}});
+}
+
+void async_copy(u32 to_shared, const void* from, u32 bytes) {
+  current->asked_for.push_back(piece_of(to_shared, from, bytes));
+}
+void arrive_after_async_copies(u32 barrier) {
+  interleave();
+  barrier_at(*current->group, barrier);
+  copies.push_back(Copy{current->group, current, barrier, std::move(current->asked_for)});
+  current->asked_for.clear();
+}
+void wait_for_async_copies() {
+  for (std::size_t i = 0; i < copies.size();) {
+    if (copies[i].arrives != current) {
+      ++i;
+      continue;
+    }
+    const Copy copy = std::move(copies[i]);
+    copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
+    complete(copy);
+  }
 }
 
 // --- memory; what is read before it is written shall not be zero by chance

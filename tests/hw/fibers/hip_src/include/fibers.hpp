@@ -45,6 +45,10 @@ void arrive(u32 address, u32 bytes_to_expect = 0);
 bool phase_is_over(u32 address, u32 parity);
 //! A copy that ends some time later.
 void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier);
+//! Ends no later than the arrival of this thread that is asked for next.
+void async_copy(u32 to_shared, const void* from, u32 bytes);
+void arrive_after_async_copies(u32 barrier);
+void wait_for_async_copies();
 
 // --- device memory
 void* allocate(std::size_t bytes);

@@ -22,10 +22,12 @@ inline bool phase_is_over(u32 address, u32 parity) { return fibers::phase_is_ove
 
 // --- copies
 inline u64 evict_first_policy() { return 0; }
-inline u64 keep_policy() { return 0; }
 inline void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier, u64) {
   fibers::bulk_copy(to_shared, from, bytes, barrier);
 }
+inline void async_copy(u32 to_shared, const void* from) { fibers::async_copy(to_shared, from, 16); }
+inline void arrive_after_async_copies(u32 barrier) { fibers::arrive_after_async_copies(barrier); }
+inline void wait_for_async_copies() { fibers::wait_for_async_copies(); }
 inline void store_shared(u32 to_shared, u32 first, u32 second) {
   fibers::interleave();
   const u32 both[2] = {first, second};
