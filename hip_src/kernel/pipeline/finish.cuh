@@ -18,21 +18,21 @@ class Finisher {
   __device__ void run() {
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
-      const Item& item = group_.item(items_.slot);
-      if (item.kind == ItemKind::end) break;
-      if (item.kind == ItemKind::task) {
-        if (item.task_kind == TaskKind::up) {
-          up(item);
-        } else if (item.task_kind == TaskKind::down) {
-          if constexpr (mode == Mode::words) down_words(item);
-          if constexpr (mode == Mode::rows) down_rows(item);
-          if constexpr (mode == Mode::tiles) down_tile(item);
+      const Work work = group_.work(items_.slot);
+      if (work.kind == end_item) break;
+      if (work.kind != plan_item) {
+        if (work.is(TaskKind::up)) {
+          up(work);
+        } else if (work.is(TaskKind::down)) {
+          if constexpr (mode == Mode::words) down_words(work);
+          if constexpr (mode == Mode::rows) down_rows(work);
+          if constexpr (mode == Mode::tiles) down_tile(work);
         }
         if constexpr (traced) {
           const bool is_mine =
-              item.task_kind == TaskKind::up ||
-              (item.task_kind == TaskKind::down && (mode != Mode::words || item.chain & ends_chain));
-          if (is_mine && warp_ == 0 && lane_ == 0) group_.keep_record(item, num_tasks_);
+              work.is(TaskKind::up) ||
+              (work.is(TaskKind::down) && (mode != Mode::words || work.chain & ends_chain));
+          if (is_mine && warp_ == 0 && lane_ == 0) group_.keep_record(group_.item(items_.slot), num_tasks_);
         }
         ++num_tasks_;
       }
@@ -81,8 +81,8 @@ class Finisher {
   }
   //! Every other one of the block's sums: 16 rows, 8 tokens.
   template <class Visit>
-  __device__ __forceinline__ void for_each_sum(const Item& item, u32 count, Visit visit) const {
-    const Split split = item.split(graph_.tiling);
+  __device__ __forceinline__ void for_each_sum(const Work& work, u32 count, Visit visit) const {
+    const Split split = work.template split<mode>(graph_.tiling);
     const u32 used = ceil_div(count, 8);
     u32 tile = 0, j = warp_;
     for (;; j += finish_warps) {
@@ -90,7 +90,7 @@ class Finisher {
         j -= used;
         ++tile;
       }
-      if (tile >= item.row_tiles) return;
+      if (tile >= work.row_tiles) return;
       visit(tile, j, sum_of(split, tile, j));
     }
   }
@@ -98,14 +98,14 @@ class Finisher {
     return gate / (1.0f + __expf(-gate)) * up;
   }
 
-  __device__ __forceinline__ void up(const Item& item) {
-    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + item.first;
+  __device__ __forceinline__ void up(const Work& work) {
+    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
     const float* weights = group_.in_shared<float>(group_.at.weights);
     next_partial();
-    for_each_sum(item, item.num_tokens, [&](u32 tile, u32 j, const float4& sum) {
-      const u32 row = item.tile * graph_.tiling.up_rows + tile * 8 + lane_ / 4;
+    for_each_sum(work, work.num_tokens, [&](u32 tile, u32 j, const float4& sum) {
+      const u32 row = work.tile * graph_.tiling.up_rows + tile * 8 + lane_ / 4;
       const u32 column = j * 8 + lane_ % 4 * 2;
-      const bool has0 = column < item.num_tokens, has1 = column + 1 < item.num_tokens;
+      const bool has0 = column < work.num_tokens, has1 = column + 1 < work.num_tokens;
       const u32 pair0 = has0 ? pairs[column] : 0, pair1 = has1 ? pairs[column + 1] : 0;
       float h0 = swiglu(sum.x, sum.z), h1 = swiglu(sum.y, sum.w);
       if constexpr (mode == Mode::words) {
@@ -132,36 +132,36 @@ class Finisher {
   }
 
   //! The chain's last task brings the sums of all experts.
-  __device__ __forceinline__ void down_words(const Item& item) {
-    if (!(item.chain & ends_chain)) return;
+  __device__ __forceinline__ void down_words(const Work& work) {
+    if (!(work.chain & ends_chain)) return;
     next_partial();
-    for_each_sum(item, 1, [&](u32 tile, u32, const float4& sum) {
-      const u32 row = item.tile * graph_.tiling.down_rows + tile * 16 + lane_ / 4;
+    for_each_sum(work, 1, [&](u32 tile, u32, const float4& sum) {
+      const u32 row = work.tile * graph_.tiling.down_rows + tile * 16 + lane_ / 4;
       const u32 token = lane_ % 4 * 2;
-      store(item, token, row, sum.x), store(item, token + 1, row, sum.y);
-      store(item, token, row + 8, sum.z), store(item, token + 1, row + 8, sum.w);
+      store(work, token, row, sum.x), store(work, token + 1, row, sum.y);
+      store(work, token, row + 8, sum.z), store(work, token + 1, row + 8, sum.w);
     });
     free_partial();
-    end_chain(item);
+    end_chain(work);
   }
 
   //! Adds one expert's rows. Eight rows are always the same warp's: a cell has one writer, and the experts'
   //! order is fixed.
-  __device__ __forceinline__ void down_rows(const Item& item) {
+  __device__ __forceinline__ void down_rows(const Work& work) {
     const u32 rows = graph_.tiling.down_rows, block_tokens = graph_.tiling.block_tokens;
-    const Split split = item.split(graph_.tiling);
+    const Split split = work.template split<mode>(graph_.tiling);
     float* sums = group_.in_shared<float>(group_.at.sums);
     const u32 finish_thread = warp_ * 32 + lane_;
-    if (item.chain & starts_chain) {
+    if (work.chain & starts_chain) {
       for (u32 i = finish_thread; i < group_.params.num_tokens * rows; i += finish_threads) sums[i] = 0;
       sm90::named_barrier<finish_barrier, finish_threads>();
     }
     const float* weights = group_.in_shared<float>(group_.at.weights);
-    for (u32 first = 0; first < item.num_tokens; first += block_tokens) {
-      const u32 rest = item.num_tokens - first, count = rest < block_tokens ? rest : block_tokens;
-      const u16* pairs = group_.in_shared<u16>(group_.at.entries) + item.first + first;
+    for (u32 first = 0; first < work.num_tokens; first += block_tokens) {
+      const u32 rest = work.num_tokens - first, count = rest < block_tokens ? rest : block_tokens;
+      const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first + first;
       next_partial();
-      for (u32 half = warp_; half < 2 * item.row_tiles; half += finish_warps) {
+      for (u32 half = warp_; half < 2 * work.row_tiles; half += finish_warps) {
         const u32 row = half * 8 + lane_ / 4;
         for (u32 j = 0; j < ceil_div(count, 8); ++j) {
           const auto* partial = reinterpret_cast<const float2*>(partial_of(half / 2, j)) + half % 2;
@@ -178,34 +178,34 @@ class Finisher {
       }
       free_partial();
     }
-    if (!(item.chain & ends_chain)) return;
+    if (!(work.chain & ends_chain)) return;
     sm90::named_barrier<finish_barrier, finish_threads>();
-    const u32 width = item.row_tiles * 16;
+    const u32 width = work.row_tiles * 16;
     for (u32 i = finish_thread; i < group_.params.num_tokens * width / 2; i += finish_threads) {
       const u32 token = i / (width / 2), row = i % (width / 2) * 2;
-      *reinterpret_cast<u32*>(out_cell(item, token, item.tile * rows + row)) =
+      *reinterpret_cast<u32*>(out_cell(work, token, work.tile * rows + row)) =
           sm90::as_bf16_pair(sums[token * rows + row], sums[token * rows + row + 1]);
     }
     sm90::named_barrier<finish_barrier, finish_threads>();  // the sums are cleared for the next chain by all
   }
 
   //! Unweighted results, for combine.
-  __device__ __forceinline__ void down_tile(const Item& item) {
-    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + item.first;
+  __device__ __forceinline__ void down_tile(const Work& work) {
+    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
     auto* results = group_.in_workspace<u32>(group_.params.layout.results);
     next_partial();
-    for_each_sum(item, item.num_tokens, [&](u32 tile, u32 j, const float4& sum) {
-      const u32 row = item.tile * graph_.tiling.down_rows + tile * 16 + lane_ / 4;
+    for_each_sum(work, work.num_tokens, [&](u32 tile, u32 j, const float4& sum) {
+      const u32 row = work.tile * graph_.tiling.down_rows + tile * 16 + lane_ / 4;
       const u32 column = j * 8 + lane_ % 4 * 2;
       const float4 below{__shfl_down_sync(~0u, sum.x, 4), __shfl_down_sync(~0u, sum.y, 4),
                          __shfl_down_sync(~0u, sum.z, 4), __shfl_down_sync(~0u, sum.w, 4)};
       if (lane_ / 4 % 2 != 0) return;
-      if (column < item.num_tokens) {
+      if (column < work.num_tokens) {
         const u64 at = (u64{pairs[column]} * d_model + row) / 2;
         results[at] = sm90::as_bf16_pair(sum.x, below.x);
         results[at + 4] = sm90::as_bf16_pair(sum.z, below.z);
       }
-      if (column + 1 < item.num_tokens) {
+      if (column + 1 < work.num_tokens) {
         const u64 at = (u64{pairs[column + 1]} * d_model + row) / 2;
         results[at] = sm90::as_bf16_pair(sum.y, below.y);
         results[at + 4] = sm90::as_bf16_pair(sum.w, below.w);
@@ -214,24 +214,24 @@ class Finisher {
     free_partial();
   }
 
-  __device__ __forceinline__ __nv_bfloat16* out_cell(const Item& item, u32 token, u32 row) const {
+  __device__ __forceinline__ __nv_bfloat16* out_cell(const Work& work, u32 token, u32 row) const {
     const Tiling& tiling = graph_.tiling;
     if (!tiling.has_combine(graph_.shape))
       return static_cast<__nv_bfloat16*>(group_.params.out) + u64{token} * d_model + row;
     return group_.in_workspace<__nv_bfloat16>(group_.params.layout.results) +
-           (u64{token} * tiling.groups(graph_.shape) + tiling.group_of(item.expert)) * d_model + row;
+           (u64{token} * tiling.groups(graph_.shape) + tiling.group_of(work.expert)) * d_model + row;
   }
-  __device__ __forceinline__ void store(const Item& item, u32 token, u32 row, float value) const {
-    if (token < group_.params.num_tokens) *out_cell(item, token, row) = __float2bfloat16(value);
+  __device__ __forceinline__ void store(const Work& work, u32 token, u32 row, float value) const {
+    if (token < group_.params.num_tokens) *out_cell(work, token, row) = __float2bfloat16(value);
   }
 
-  __device__ __forceinline__ void end_chain(const Item& item) const {
+  __device__ __forceinline__ void end_chain(const Work& work) const {
     if (!graph_.tiling.has_combine(graph_.shape)) return;
     sm90::named_barrier<finish_barrier, finish_threads>();
     // release: the barrier has brought the other warp's stores before this one's signal
     if (warp_ == 0 && lane_ == 0)
       sm90::add_release(group_.template in_workspace<u32>(group_.counters().done) +
-                        graph_.tiling.group_of(item.expert));
+                        graph_.tiling.group_of(work.expert));
   }
 
   Group& group_;
@@ -249,9 +249,9 @@ class Signaller {
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
       const Item& item = group_.item(items_.slot);
-      if (item.kind == ItemKind::end) return;
+      if (item.kind == end_item) return;
       group_.wait(group_.item_stored(items_.slot), items_.parity);
-      u32* counter = item.kind == ItemKind::task ? counter_of(item) : nullptr;
+      u32* counter = counter_of(item);
       // release at device scope: what the finish warps stored, and handed on with item_stored
       if (counter != nullptr && !group_.stopped()) sm90::add_release(counter);
       sm90::arrive(group_.item_free(items_.slot));
@@ -262,8 +262,8 @@ class Signaller {
  private:
   __device__ __forceinline__ u32* counter_of(const Item& item) const {
     u32* done = group_.in_workspace<u32>(group_.counters().done);
-    if (item.task_kind == TaskKind::up) return group_.in_workspace<u32>(group_.counters().upped) + item.block;
-    if (item.task_kind != TaskKind::down) return nullptr;
+    if (item.is(TaskKind::up)) return group_.in_workspace<u32>(group_.counters().upped) + item.block;
+    if (!item.is(TaskKind::down)) return nullptr;
     if (!graph_.by_rows()) return done + item.expert;
     if (!(item.chain & ends_chain) || !graph_.tiling.has_combine(graph_.shape)) return nullptr;
     return done + graph_.tiling.group_of(item.expert);

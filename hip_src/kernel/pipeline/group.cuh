@@ -7,25 +7,33 @@
 
 namespace flashmoe::pipeline {
 
-enum class ItemKind : u32 { task, plan, end };
-constexpr u32 starts_chain = 1, ends_chain = 2;
+constexpr u8 plan_item = 16, end_item = 17;  // beside the kinds of tasks
+constexpr u8 starts_chain = 1, ends_chain = 2;
+
+//! What the warps must know of an item to do it: they read these 16 bytes at once.
+struct alignas(16) Work {
+  u8 kind;       // TaskKind, plan_item or end_item
+  u8 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
+  u8 row_tiles;  // 16 rows each
+  u8 present;    // words: bit t: token t has this expert
+  u16 first, num_tokens;
+  u32 tile, expert;
+
+  __device__ __forceinline__ bool is(TaskKind of) const { return kind == static_cast<u8>(of); }
+  //! As of a task with all its rows: the last one, which may have fewer, needs no more room in a slot.
+  template <Mode mode>
+  __device__ __forceinline__ Split split(const Tiling& tiling) const {
+    if constexpr (mode == Mode::words) return Split(1);
+    return Split(is(TaskKind::up) ? tiling.up_rows / 8 : tiling.down_rows / 16);
+  }
+};
 
 //! A task on its way from the picking thread to the others; they add the times, in ns since the worker began.
-struct alignas(16) Item {
-  ItemKind kind;
-  TaskKind task_kind;
-  u32 id, expert, tile, block, first, num_tokens;
-  u32 row_tiles;  // 16 rows each
-  u32 passes;     // times that the weights are read, each for a block of the tokens
-  u32 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
-  u32 present;    // words: bit t: token t has this expert
+struct Item : Work {
+  u32 id, block;
   u32 ticket_ns;
   u32 ready_ns, turn_ns;  // inputs seen complete; the math warps have come to the task
 
-  //! As of a task with all its rows: the last one, which may have fewer, needs no more room in a slot.
-  __device__ __forceinline__ Split split(const Tiling& tiling) const {
-    return Split(task_kind == TaskKind::up ? tiling.up_rows / 8 : tiling.down_rows / 16);
-  }
   __device__ __forceinline__ u32 seen_ready_ns() const { return ready_ns > ticket_ns ? ready_ns : ticket_ns; }
   //! When the worker began: it was free, and the inputs were there.
   __device__ __forceinline__ u32 start_ns() const {
@@ -69,39 +77,38 @@ struct Group {
   }
 
   // --- barriers, in this order
+  //! Weights and tokens are there.
   __device__ __forceinline__ u32 barrier(u32 index) const {
     return sm90::shared_address(shared + at.barriers) + 8 * index;
   }
-  __device__ __forceinline__ u32 weights_full(u32 slot) const { return barrier(slot); }
-  __device__ __forceinline__ u32 tokens_full(u32 slot) const { return barrier(params.ring_slots + slot); }
-  __device__ __forceinline__ u32 slot_free(u32 slot) const { return barrier(2 * params.ring_slots + slot); }
-  __device__ __forceinline__ u32 item_full(u32 item) const { return barrier(3 * params.ring_slots + item); }
+  __device__ __forceinline__ u32 slot_full(u32 slot) const { return barrier(slot); }
+  __device__ __forceinline__ u32 slot_free(u32 slot) const { return barrier(params.ring_slots + slot); }
+  __device__ __forceinline__ u32 item_full(u32 item) const { return barrier(2 * params.ring_slots + item); }
   __device__ __forceinline__ u32 item_free(u32 item) const {
-    return barrier(3 * params.ring_slots + num_items + item);
+    return barrier(2 * params.ring_slots + num_items + item);
   }
   //! The streaming warp has come to the item.
   __device__ __forceinline__ u32 item_begun(u32 item) const {
-    return barrier(3 * params.ring_slots + 2 * num_items + item);
+    return barrier(2 * params.ring_slots + 2 * num_items + item);
   }
   //! The finish warps have stored all that the item makes.
   __device__ __forceinline__ u32 item_stored(u32 item) const {
-    return barrier(3 * params.ring_slots + 3 * num_items + item);
+    return barrier(2 * params.ring_slots + 3 * num_items + item);
   }
   __device__ __forceinline__ u32 partial_full(u32 buffer) const {
-    return barrier(3 * params.ring_slots + 4 * num_items + buffer);
+    return barrier(2 * params.ring_slots + 4 * num_items + buffer);
   }
   __device__ __forceinline__ u32 partial_free(u32 buffer) const {
-    return barrier(3 * params.ring_slots + 4 * num_items + 2 + buffer);
+    return barrier(2 * params.ring_slots + 4 * num_items + 2 + buffer);
   }
   __device__ __forceinline__ u32 planned() const {
-    return barrier(3 * params.ring_slots + 4 * num_items + 4);
+    return barrier(2 * params.ring_slots + 4 * num_items + 4);
   }
   template <Mode mode>
   __device__ void init_barriers() const {
     using R = Roles<mode>;
     for (u32 i = 0; i < params.ring_slots; ++i) {
-      sm90::barrier_init(weights_full(i), 1);
-      sm90::barrier_init(tokens_full(i), 32);  // the lanes of a loading warp
+      sm90::barrier_init(slot_full(i), 1 + 32);  // the streaming thread and the lanes of a loading warp
       sm90::barrier_init(slot_free(i), math_warps);
     }
     for (u32 i = 0; i < num_items; ++i) {
@@ -117,6 +124,7 @@ struct Group {
     sm90::barrier_init(planned(), 1);
     sm90::barriers_initialised();
   }
+  __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
   __device__ __forceinline__ const Item& item(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
   __device__ __forceinline__ Item& item(u32 slot) { return in_shared<Item>(at.items)[slot]; }
   __device__ __forceinline__ u32 weights_of(u32 slot) const {

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   } else if (warp == R::pick) {
     if (threadIdx.x % 32 == 0) Picker<mode, traced>(group, graph).run();
   } else if (warp == R::stream) {
-    Streamer(group, graph.tiling).run();
+    Streamer<mode>(group, graph.tiling).run();
   } else if (warp < R::signal) {
     Loader<mode, traced>(group, graph).run();
   } else if (threadIdx.x % 32 == 0) {

@@ -12,8 +12,8 @@ using namespace built;  // the shape that this library was built for
 
 //! How rows and results travel, by what the tokens are few or many enough for.
 enum class Mode : u32 {
-  words,  // at most 8 tokens, down by rows: hidden rows as words that carry their epoch, one sum over all
-          // experts
+  words,  // at most 8 tokens, down by rows, a row tile a task: hidden rows as words that carry their epoch,
+          // one sum over all experts
   rows,   // down by rows: an expert's rows added to sums in shared memory
   tiles,  // down by tile: results in memory, then combine
 };
@@ -21,7 +21,7 @@ constexpr u32 max_words_tokens = 8;
 
 FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
   if (t.down == Down::tile) return Mode::tiles;
-  return num_tokens <= max_words_tokens ? Mode::words : Mode::rows;
+  return num_tokens <= max_words_tokens && t.up_rows == 8 && t.down_rows == 16 ? Mode::words : Mode::rows;
 }
 
 // --- the work-group: 16 warps. 8 multiply, one takes picks, one streams weights; the others by mode: words
@@ -48,25 +48,25 @@ constexpr u32 warp_chunks = 3, slot_chunks = warp_chunks * math_warps,
 struct Split {
   u32 log_tiles;  // row tiles, rounded up to 1, 2, 4 or 8
 
-  FLASHMOE_FN explicit Split(u32 row_tiles)
+  FLASHMOE_FN constexpr explicit Split(u32 row_tiles)
       : log_tiles(row_tiles > 4   ? 3
                   : row_tiles > 2 ? 2
                   : row_tiles > 1 ? 1
                                   : 0) {}
-  FLASHMOE_FN u32 tiles() const { return 1u << log_tiles; }
-  FLASHMOE_FN u32 parts() const { return math_warps >> log_tiles; }
-  FLASHMOE_FN u32 tile_chunks() const { return slot_chunks >> log_tiles; }  // of a row tile in a slot
-  FLASHMOE_FN u32 slot_k() const { return tile_chunks() * chunk_k; }
+  FLASHMOE_FN constexpr u32 tiles() const { return 1u << log_tiles; }
+  FLASHMOE_FN constexpr u32 parts() const { return math_warps >> log_tiles; }
+  FLASHMOE_FN constexpr u32 tile_chunks() const { return slot_chunks >> log_tiles; }  // of a row tile in a slot
+  FLASHMOE_FN constexpr u32 slot_k() const { return tile_chunks() * chunk_k; }
   //! Bytes from token to token in a slot: 64 more than a multiple of 128, so that the 8 lanes that the shared
   //! memory serves at once (2 tokens, 64 bytes of each) find 8 different groups of banks.
-  FLASHMOE_FN u32 pitch_bytes() const {
+  FLASHMOE_FN constexpr u32 pitch_bytes() const {
     const u32 bytes = slot_k() * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;
   }
 };
 
 constexpr u32 logit_replicas = 8;
-constexpr u32 sizeof_item = 64;
+constexpr u32 sizeof_item = 48;
 constexpr u32 num_items = 8;  // tasks between the picking thread and the others
 
 //! A tiling of powers of two, as their logarithms: what is divided by them is shifted.
@@ -194,7 +194,7 @@ struct SharedLayout {
     l.entries = take(pairs * 2);
     l.plan = take(6 * (num_experts + 1) * 4);
     l.items = take(num_items * sizeof_item);
-    l.barriers = take((3 * ring_slots + 4 * num_items + 4 + 1) * 8);
+    l.barriers = take((2 * ring_slots + 4 * num_items + 4 + 1) * 8);
     l.scratch = take(256);
     l.bytes = size;
     return l;

@@ -19,9 +19,9 @@ class Loader {
   __device__ void run() {
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) break;
-      Item& item = group_.item(items_.slot);
-      if (item.kind == ItemKind::end) break;
-      if (item.kind == ItemKind::task) load(item);
+      const Work work = group_.work(items_.slot);
+      if (work.kind == end_item) break;
+      load(work, group_.item(items_.slot));
       __syncwarp();
       sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
       items_.advance(num_items);
@@ -30,18 +30,18 @@ class Loader {
   }
 
  private:
-  __device__ __forceinline__ void load(Item& item) {
+  __device__ __forceinline__ void load(const Work& work, Item& item) {
     const u32 block_tokens = graph_.tiling.block_tokens;
-    if (item.task_kind == TaskKind::up) {
-      load_rows<d_model>(item, item.first, item.num_tokens, none);
-    } else if (item.task_kind == TaskKind::down) {
+    if (work.is(TaskKind::up)) {
+      load_rows<d_model>(work, item, work.first, work.num_tokens, none);
+    } else if (work.is(TaskKind::down)) {
       if constexpr (mode == Mode::words) {
-        load_words(item);
+        load_words(work, item);
       } else {
-        for (u32 pass = 0; pass < item.passes; ++pass) {
-          const u32 rest = item.num_tokens - pass * block_tokens;
-          load_rows<d_ff>(item, item.first + pass * block_tokens, rest < block_tokens ? rest : block_tokens,
-                          item.block + pass);
+        u32 block = item.block;
+        for (u32 done = 0; done < work.num_tokens; done += block_tokens) {
+          const u32 rest = work.num_tokens - done;
+          load_rows<d_ff>(work, item, work.first + done, rest < block_tokens ? rest : block_tokens, block++);
         }
       }
     }
@@ -50,8 +50,8 @@ class Loader {
   //! Rows of x (block none) or hidden rows, for each slot that their weights fill. Some lanes share a row: all,
   //! where there is one, and four where there are five or more.
   template <u32 k>
-  __device__ __forceinline__ void load_rows(Item& item, u32 first, u32 count, u32 block) {
-    const Split split = item.split(graph_.tiling);
+  __device__ __forceinline__ void load_rows(const Work& work, Item& item, u32 first, u32 count, u32 block) {
+    const Split split = work.template split<mode>(graph_.tiling);
     const u32 pitch = split.pitch_bytes();
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
     const char* rows = block == none ? static_cast<const char*>(group_.params.x)
@@ -81,7 +81,7 @@ class Loader {
           for (u32 v = vector; v < vectors; v += 1u << log_sharing)
             sm90::async_copy(to + i * at_once * pitch + v * 16, from + offset[i] + v * 16);
         }
-        sm90::arrive_after_async_copies(group_.tokens_full(slots_.slot));
+        sm90::arrive_after_async_copies(group_.slot_full(slots_.slot));
       }
       slots_.advance(group_.params.ring_slots);
     }
@@ -89,17 +89,17 @@ class Loader {
 
   //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
   //! column.
-  __device__ __forceinline__ void load_words(Item& item) {
-    constexpr u32 batch = 12;  // pairs of words of a lane on their way
-    const Split split = item.split(graph_.tiling);
+  __device__ __forceinline__ void load_words(const Work& work, Item& item) {
+    constexpr u32 batch = 6;  // pairs of words of a lane on their way
+    const Split split = work.template split<mode>(graph_.tiling);
     const u32 pitch = split.pitch_bytes();
-    const u16* entries = group_.template in_shared<u16>(group_.at.entries) + item.first;
+    const u16* entries = group_.template in_shared<u16>(group_.at.entries) + work.first;
     const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden);
     for (u32 k0 = 0; k0 < d_ff; k0 += split.slot_k()) {
       if (is_mine()) {
         const u32 vectors = (d_ff - k0 < split.slot_k() ? d_ff - k0 : split.slot_k()) / 4;
         bool is_free = false;
-        for (Cell begin{0, 0}; begin.row < item.num_tokens; begin.v += 32 * batch, begin.carry(vectors)) {
+        for (Cell begin{0, 0}; begin.row < work.num_tokens; begin.v += 32 * batch, begin.carry(vectors)) {
           const u64* from[batch];
           u32 to[batch];  // none: there is nothing left, and the lane looks at the first words again
           u64 words[batch][2];
@@ -107,7 +107,7 @@ class Loader {
           for (u32 i = 0; i < batch; ++i) {
             Cell cell{begin.row, begin.v + i * 32 + lane_};
             cell.carry(vectors);
-            const bool is_there = cell.row < item.num_tokens;
+            const bool is_there = cell.row < work.num_tokens;
             if (!is_there) cell = Cell{0, 0};
             const u32 pair = entries[cell.row];
             from[i] = hidden + u64{pair} * (d_ff / 2) + k0 / 2 + cell.v * 2;
@@ -142,7 +142,7 @@ class Loader {
                                  static_cast<u32>(words[i][1]));
           }
         }
-        sm90::arrive(group_.tokens_full(slots_.slot));
+        sm90::arrive(group_.slot_full(slots_.slot));
       }
       slots_.advance(group_.params.ring_slots);
     }

@@ -22,16 +22,17 @@ class Mathematician {
     const bool has_begun = begin_early();
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
+      const Work work = group_.work(items_.slot);
       Item& item = group_.item(items_.slot);
-      if (item.kind == ItemKind::end) return;
-      if (item.kind == ItemKind::plan) {
+      if (work.kind == end_item) return;
+      if (work.kind == plan_item) {
         make_plan();
       } else {
         if (num_tasks_ == 0 && has_begun) {
           record(item);
         } else {
           stamp_turn(item);
-          run_task(item);
+          run_task(work, item);
         }
         ++num_tasks_;
       }
@@ -54,27 +55,22 @@ class Mathematician {
     return true;
   }
 
-  __device__ __forceinline__ void run_task(Item& item) {
-    switch (item.task_kind) {
-      case TaskKind::gate:
-        planner_.gate<mode>(
-            Task{item.id, item.task_kind, none, item.tile, item.block, item.first, item.num_tokens, none});
-        return record(item);
-      case TaskKind::route:
-        route(item);
-        return record(item);
-      case TaskKind::up:
-        clear_sums();
-        multiply<d_model>(item, item.num_tokens);
-        return put_partial(ceil_div(item.num_tokens, 8));
-      case TaskKind::down:
-        return down(item);
-      case TaskKind::combine:
-        combine(item);
-        return record(item);
-      default:
-        return;
+  __device__ __forceinline__ void run_task(const Work& work, Item& item) {
+    if (work.is(TaskKind::up)) {
+      clear_sums();
+      multiply<d_model>(work, work.num_tokens);
+      return put_partial(ceil_div(work.num_tokens, 8));
     }
+    if (work.is(TaskKind::down)) return down(work, item);
+    if (work.is(TaskKind::gate)) {
+      planner_.gate<mode>(Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.num_tokens,
+                               none});
+    } else if (work.is(TaskKind::route)) {
+      route(work, item);
+    } else {
+      combine(work, item);
+    }
+    record(item);
   }
 
   __device__ void make_plan() {
@@ -94,12 +90,12 @@ class Mathematician {
   }
 
   //! Keeps what was chosen for whoever asks afterwards; where tokens are many, tells the other work-groups.
-  __device__ void route(Item& item) {
+  __device__ void route(const Work& work, Item& item) {
     const Params& params = group_.params;
     auto* kept_idx = group_.in_workspace<std::int32_t>(params.layout.topk_idx);
     auto* kept_weights = group_.in_workspace<float>(params.layout.topk_weights);
-    for (u32 i = warp_; i < item.num_tokens; i += math_warps) {
-      const u32 token = item.first + i;
+    for (u32 i = warp_; i < work.num_tokens; i += math_warps) {
+      const u32 token = work.first + i;
       const u64 pair = u64{token} * top_k + lane_;
       if (params.given_idx != nullptr) {
         if (lane_ < top_k) {
@@ -131,16 +127,18 @@ class Mathematician {
 #pragma unroll
     for (u32 j = 0; j < groups; ++j)
       for (u32 i = 0; i < 4; ++i) sums_[j][i] = 0;
+#pragma unroll
+    for (u32 j = 0; j < 2 * warp_chunks; ++j)
+      for (u32 i = 0; i < 4; ++i) chains_[j][i] = 0;
   }
 
   //! Adds this warp's row tile and part of k, times the tokens, to its sums. down_words: tokens are columns,
   //! and those without the expert have nothing in the slot.
   template <u32 k, bool down_words = false>
-  __device__ __forceinline__ void multiply(const Item& item, u32 count) {
+  __device__ __forceinline__ void multiply(const Work& work, u32 count) {
     const u32 used = down_words ? 1 : ceil_div(count, 8);
-    const Split split = item.split(graph_.tiling);
-    switch_over<1>(
-        used, [&](auto number) { multiply_groups<k, down_words, decltype(number)::value>(item, split); });
+    switch_over<1>(used,
+                   [&](auto number) { multiply_groups<k, down_words, decltype(number)::value>(work); });
   }
   //! Calls with the number as a constant: the products of all groups are one straight piece of code.
   template <u32 first, class Call>
@@ -154,7 +152,8 @@ class Mathematician {
   }
 
   template <u32 k, bool down_words, u32 used>
-  __device__ __forceinline__ void multiply_groups(const Item& item, const Split& split) {
+  __device__ __forceinline__ void multiply_groups(const Work& work) {
+    const Split split = work.template split<mode>(graph_.tiling);
     const u32 tile = warp_ & (split.tiles() - 1), part = warp_ >> split.log_tiles,
               log_parts = 3 - split.log_tiles;
     const u32 pitch = split.pitch_bytes();
@@ -162,9 +161,9 @@ class Mathematician {
         group_.shared + group_.at.ring + (tile * split.tile_chunks() + part) * chunk_bytes + lane_ * 16;
     const char* tokens =
         group_.shared + group_.at.ring + weight_bytes + lane_ / 4 * pitch + part * 64 + lane_ % 4 * 16;
-    const bool has_column = !down_words || (item.present >> lane_ / 4 & 1) != 0;
-    const bool has_tile = tile < item.row_tiles;
-    float more[4] = {0, 0, 0, 0};  // a second chain of additions where there is but one group
+    const bool has_column = !down_words || (work.present >> lane_ / 4 & 1) != 0;
+    const bool has_tile = mode == Mode::words || tile < work.row_tiles;
+#pragma unroll
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       const u32 slot = slots_.slot * group_.at.slot_bytes;
       auto multiply_chunk = [&](u32 q) {
@@ -178,19 +177,21 @@ class Mathematician {
           if (!has_column) b[j] = make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
-        for (u32 j = 0; j < used; ++j) sm90::mma(sums_[j], low.x, low.y, low.z, low.w, b[j].x, b[j].y);
+        for (u32 j = 0; j < used; ++j)
+          sm90::mma(used == 1 ? chains_[2 * q] : sums_[j], low.x, low.y, low.z, low.w, b[j].x, b[j].y);
 #pragma unroll
         for (u32 j = 0; j < used; ++j)
-          sm90::mma(used == 1 ? more : sums_[j], high.x, high.y, high.z, high.w, b[j].z, b[j].w);
+          sm90::mma(used == 1 ? chains_[2 * q + 1] : sums_[j], high.x, high.y, high.z, high.w, b[j].z, b[j].w);
       };
-      group_.wait(group_.weights_full(slots_.slot), slots_.parity);
-      group_.wait(group_.tokens_full(slots_.slot), slots_.parity);
+      group_.wait(group_.slot_full(slots_.slot), slots_.parity);
       __syncwarp();
       if (has_tile && k - k0 >= split.slot_k()) {
 #pragma unroll
         for (u32 q = 0; q < warp_chunks; ++q) multiply_chunk(q);
       } else if (has_tile) {
-        for (u32 q = 0; (q << log_parts) + part < (k - k0) / chunk_k; ++q) multiply_chunk(q);
+#pragma unroll
+        for (u32 q = 0; q < warp_chunks; ++q)
+          if ((q << log_parts) + part < (k - k0) / chunk_k) multiply_chunk(q);
       }
       // After the products, which had to wait for what they multiply: an arrival that is merely placed after
       // the loads does not wait for them, and lets other weights in.
@@ -198,13 +199,17 @@ class Mathematician {
       sm90::arrive_if(group_.slot_free(slots_.slot), lane_ == 0);
       slots_.advance(group_.params.ring_slots);
     }
-    if (used == 1)
-      for (u32 i = 0; i < 4; ++i) sums_[0][i] += more[i];
   }
 
   __device__ __forceinline__ void put_partial(u32 used) {
     group_.wait(group_.partial_free(partials_.slot), partials_.parity);
     __syncwarp();
+    if (used == 1) {
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i)
+        sums_[0][i] = ((chains_[0][i] + chains_[1][i]) + (chains_[2][i] + chains_[3][i])) +
+                      (chains_[4][i] + chains_[5][i]);
+    }
     auto* partial =
         group_.in_shared<float4>(group_.at.partial) + (partials_.slot * math_warps + warp_) * groups * 32;
 #pragma unroll
@@ -215,19 +220,19 @@ class Mathematician {
     partials_.advance(SharedLayout::num_partials(groups));
   }
 
-  __device__ __forceinline__ void down(const Item& item) {
+  __device__ __forceinline__ void down(const Work& work, const Item& item) {
     if constexpr (mode == Mode::words) {
-      if (item.chain & starts_chain) clear_sums();
-      multiply<d_ff, true>(item, item.num_tokens);
-      if (item.chain & ends_chain) return put_partial(1);
+      if (work.chain & starts_chain) clear_sums();
+      multiply<d_ff, true>(work, work.num_tokens);
+      if (work.chain & ends_chain) return put_partial(1);
       // the finish warps have a part in the last task of a chain only
       if (traced && threadIdx.x == 0) group_.keep_record(item, num_tasks_);
     } else {
       const u32 block_tokens = graph_.tiling.block_tokens;
-      for (u32 first = 0; first < item.num_tokens; first += block_tokens) {
-        const u32 rest = item.num_tokens - first, count = rest < block_tokens ? rest : block_tokens;
+      for (u32 first = 0; first < work.num_tokens; first += block_tokens) {
+        const u32 rest = work.num_tokens - first, count = rest < block_tokens ? rest : block_tokens;
         clear_sums();
-        multiply<d_ff>(item, count);
+        multiply<d_ff>(work, count);
         put_partial(ceil_div(count, 8));
       }
     }
@@ -253,12 +258,12 @@ class Mathematician {
     }
   }
 
-  __device__ void combine(Item& item) {
+  __device__ void combine(const Work& work, Item& item) {
     const Params& params = group_.params;
     const u32 slots = graph_.tiling.result_slots(graph_.shape);  // at most 32
     const auto* results = group_.in_workspace<uint4>(params.layout.results);
     constexpr u32 row_vectors = d_model / 8, batch = 8;
-    for (u32 token = item.first; token < item.first + item.num_tokens; ++token) {
+    for (u32 token = work.first; token < work.first + work.num_tokens; ++token) {
       // every warp for itself, a lane for each slot
       const Result result = lane_ < slots ? result_of(token, lane_) : Result{0, 0, 0};
       const u32* done = group_.in_workspace<u32>(group_.counters().done) + result.counter;
@@ -272,7 +277,7 @@ class Mathematician {
           break;
       __syncwarp();
       if (group_.warp_stopped()) return;
-      if (token == item.first) stamp_turn(item);
+      if (token == work.first) stamp_turn(item);
       const u32 present = __ballot_sync(~0u, result.target != 0);
       for (u32 base = warp_ * 32; base < row_vectors; base += math_threads) {
         const u32 i = base + lane_;
@@ -327,6 +332,7 @@ class Mathematician {
   u32 num_tasks_ = 0;
   Turn items_{0}, slots_{0}, partials_{1};
   float sums_[groups][4];
+  float chains_[2 * warp_chunks][4];  // instead, where there is but one group: products wait for none before
 };
 
 }  // namespace flashmoe::pipeline

@@ -13,7 +13,7 @@ class Picker {
 
   __device__ void run() {
     pick();
-    push(Item{ItemKind::end});
+    push(end_item);
   }
 
  private:
@@ -40,7 +40,7 @@ class Picker {
         if (!one_ahead()) return;
         if constexpr (traced) ticket_ns_ = any_item_ ? group_.now_ns() : 0;
         if (all_given && any_item_ && !is_asked_for) {
-          push(Item{ItemKind::plan});
+          push(plan_item);
           is_asked_for = true;
         }
         if (replay) {
@@ -60,7 +60,7 @@ class Picker {
       // nothing to do, and then the rest.
       if (!is_planned && (replay ? in_hand >= graph_.first_up() : in_hand >= decode.num_early())) {
         if (fault_before != 0) *group_.stop_flag() = 1;
-        if (!is_asked_for) push(Item{ItemKind::plan});
+        if (!is_asked_for) push(plan_item);
         is_asked_for = true;
         if (!wait_for_plan()) return;
         decode.count();
@@ -104,25 +104,30 @@ class Picker {
 
   //! In a chain the rows are those of the task before.
   __device__ __forceinline__ void hand_on(const Task& task, u32 chain) {
-    item_.kind = ItemKind::task;
-    item_.task_kind = task.kind;
+    item_.kind = static_cast<u8>(task.kind);
     item_.id = task.id, item_.expert = task.expert, item_.tile = task.tile;
-    item_.block = task.block, item_.first = task.first, item_.num_tokens = task.num_tokens;
+    item_.block = task.block;
+    item_.first = static_cast<u16>(task.first), item_.num_tokens = static_cast<u16>(task.num_tokens);
     item_.ticket_ns = ticket_ns_;
-    item_.chain = chain;
-    item_.passes = 1;
+    item_.chain = static_cast<u8>(chain);
     if (task.kind == TaskKind::up) {
-      item_.row_tiles = graph_.up_width(task.tile) / 8;
+      item_.row_tiles = static_cast<u8>(graph_.up_width(task.tile) / 8);
     } else if (task.kind == TaskKind::down) {
-      if (chain & starts_chain) item_.row_tiles = graph_.down_width(task.tile) / 16;
-      if constexpr (mode == Mode::rows) item_.passes = ceil_div(task.num_tokens, graph_.tiling.block_tokens);
+      if (chain & starts_chain) item_.row_tiles = static_cast<u8>(graph_.down_width(task.tile) / 16);
       if constexpr (mode == Mode::words) {
         const u16* entries = group_.template in_shared<u16>(group_.at.entries) + task.first;
-        item_.present = 0;
-        for (u32 i = 0; i < task.num_tokens; ++i) item_.present |= 1u << entries[i] / top_k;
+        u32 present = 0;
+        for (u32 i = 0; i < task.num_tokens; ++i) present |= 1u << entries[i] / top_k;
+        item_.present = static_cast<u8>(present);
       }
     }
     push(item_);
+  }
+
+  __device__ __forceinline__ void push(u8 kind) {
+    Item item{};
+    item.kind = kind;
+    push(item);
   }
 
   __device__ __forceinline__ void push(const Item& item) {
@@ -141,8 +146,8 @@ class Picker {
   //! nothing to stream, and has to be done.
   __device__ __forceinline__ bool one_ahead() {
     if (!any_item_) return !group_.stopped();
-    const bool is_short = mode == Mode::words && item_.task_kind == TaskKind::up && num_pushed_ > 1;
-    const bool is_combine = item_.task_kind == TaskKind::combine;
+    const bool is_short = mode == Mode::words && item_.is(TaskKind::up) && num_pushed_ > 1;
+    const bool is_combine = item_.is(TaskKind::combine);
     const u32 slot = is_short ? item_before_.slot : last_item_.slot;
     const u32 parity = is_short ? item_before_.parity : last_item_.parity;
     group_.wait(is_combine ? group_.item_free(slot) : group_.item_begun(slot), parity ^ 1);
