@@ -17,11 +17,11 @@ const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
 }
 
 //! More bytes in flight than the memory needs only queue in front of everything else.
-constexpr u32 ring_slots(Mode mode) { return mode == Mode::words ? 3 : 4; }
+constexpr u32 ring_slots(Mode mode) { return mode == Mode::words ? 4 : 4; }
 
-u32 shared_bytes(const Tiling& tiling, u32 num_tokens) {
+SharedLayout shared_layout(const Tiling& tiling, u32 num_tokens) {
   const Instance& chosen = instance_for(tiling, num_tokens);
-  return SharedLayout::of(tiling, num_tokens, ring_slots(chosen.mode), chosen.groups, chosen.mode).bytes;
+  return SharedLayout::of(tiling, num_tokens, ring_slots(chosen.mode), chosen.groups, chosen.mode);
 }
 constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
 
@@ -66,6 +66,7 @@ struct Layer : FlashmoeLayer {
     p.queue = static_cast<QueueKind>(config.queue);
     p.order = static_cast<Order>(config.order);
     p.layout = layout;
+    p.at = shared_layout(tiling, num_tokens);
     p.workspace = workspace.as<>();
     p.x = input.x_device[0];
     p.out = input.out_device[0];
@@ -92,7 +93,7 @@ struct Layer : FlashmoeLayer {
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(num_workers);
     launch.blockDim = dim3(num_threads);
-    launch.dynamicSmemBytes = shared_bytes(tiling, num_tokens);
+    launch.dynamicSmemBytes = p.at.bytes;
     launch.stream = stream;
     launch.attrs = &overlap;
     launch.numAttrs = 1;
@@ -135,7 +136,7 @@ int refuse(const FlashmoeConfig& c, const Tiling& t) {
   if (t.down == Down::rows && t.groups(built::shape(1)) > 32)
     return fail("experts_per_pick=%u (the pipelined kernel does up to 32 groups)", t.experts_per_pick);
   for (u32 tokens : {c.max_tokens, c.max_tokens < max_words_tokens ? c.max_tokens : max_words_tokens}) {
-    const u32 bytes = shared_bytes(t, tokens);
+    const u32 bytes = shared_layout(t, tokens).bytes;
     if (bytes > most_shared_bytes)
       return fail("%u tokens need %u bytes of shared memory (the pipelined kernel has %u)", tokens, bytes,
                   most_shared_bytes);

@@ -61,7 +61,7 @@ static __device__ __noinline__ void report(FaultReport* fault, u32 worker, u32 e
 struct Group {
   const Params& params;
   char* shared;
-  SharedLayout at;
+  const SharedLayout& at;
   u32 worker;
   u32 epoch;
   u64 begin_ns;  // with the trace on: when the worker began

@@ -20,9 +20,7 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   graph.tiling = params.cut.tiling();
   graph.num_tokens = params.num_tokens;
   graph.gate_inside = params.given_idx == nullptr;
-  Group group{
-      params,     shared, SharedLayout::of(graph.tiling, params.num_tokens, params.ring_slots, groups, mode),
-      blockIdx.x, 0,      0};
+  Group group{params, shared, params.at, blockIdx.x, 0, 0};
   u32* words = group.in_shared<u32>(group.at.plan);
   u32** arrays[] = {&graph.plan.entry_offset, &graph.plan.block_offset, &graph.plan.active_offset,
                     &graph.plan.active,       &graph.plan.sequence,     &graph.plan.sequence_offset};

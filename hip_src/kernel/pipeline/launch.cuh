@@ -141,27 +141,6 @@ struct Layout {
   }
 };
 
-struct Params {
-  LogTiling cut;
-  QueueKind queue;
-  Order order;
-  Layout layout;
-  char* workspace;
-  const void *x, *gate, *gate_up, *down;
-  void* out;
-  const std::int32_t* given_idx;  // routing from outside, else nullptr
-  const float* given_weights;
-  const u32 *replay_offset, *replay_ids;
-  u64 replay_digest;
-  u32 num_tokens, num_workers, num_domains;
-  u32 ring_slots;
-  u64 deadline_ns;
-  FaultReport* fault;
-  TraceRecord* records;     // [num_workers][trace_capacity]
-  TraceSummary* summaries;  // [num_workers]
-  u32 trace_capacity;
-};
-
 //! What lies where in shared memory, from its start.
 struct SharedLayout {
   u32 ring, slot_bytes, partial, sums, weights, entries, plan, items, barriers, scratch;
@@ -169,7 +148,7 @@ struct SharedLayout {
   u32 bytes;
 
   //! `groups`: most groups of 8 tokens in a block.
-  FLASHMOE_FN static SharedLayout of(const Tiling& t, u32 num_tokens, u32 ring_slots, u32 groups, Mode mode) {
+  static SharedLayout of(const Tiling& t, u32 num_tokens, u32 ring_slots, u32 groups, Mode mode) {
     SharedLayout l{};
     u32 size = 0;
     auto take = [&](u32 bytes) {
@@ -201,6 +180,28 @@ struct SharedLayout {
   }
   FLASHMOE_FN static constexpr u32 num_partials(u32 groups) { return groups > 4 ? 1 : 2; }
   FLASHMOE_FN static u32 mask_words(u32 num_tokens) { return ceil_div(num_tokens + 1, 32); }
+};
+
+struct Params {
+  LogTiling cut;
+  QueueKind queue;
+  Order order;
+  Layout layout;
+  SharedLayout at;
+  char* workspace;
+  const void *x, *gate, *gate_up, *down;
+  void* out;
+  const std::int32_t* given_idx;  // routing from outside, else nullptr
+  const float* given_weights;
+  const u32 *replay_offset, *replay_ids;
+  u64 replay_digest;
+  u32 num_tokens, num_workers, num_domains;
+  u32 ring_slots;
+  u64 deadline_ns;
+  FaultReport* fault;
+  TraceRecord* records;     // [num_workers][trace_capacity]
+  TraceSummary* summaries;  // [num_workers]
+  u32 trace_capacity;
 };
 
 }  // namespace flashmoe::pipeline

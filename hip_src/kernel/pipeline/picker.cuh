@@ -34,15 +34,15 @@ class Picker {
         !replay && params.queue != QueueKind::domain && decode.num_early() <= params.num_workers;
     bool is_asked_for = false, is_planned = false;  // the plan
     u32 in_hand = none;                             // in hand: a rank, or the id of a list
-    bool has_pick = false;
+    bool has_pick = false, is_first = true;
     for (;;) {
       if (!has_pick) {
-        if (!one_ahead()) return;
-        if constexpr (traced) ticket_ns_ = any_item_ ? group_.now_ns() : 0;
         if (all_given && any_item_ && !is_asked_for) {
           push(plan_item);
           is_asked_for = true;
         }
+        if (!one_ahead()) return;
+        if constexpr (traced) ticket_ns_ = any_item_ ? group_.now_ns() : 0;
         if (replay) {
           in_hand = place < end ? params.replay_ids[place++] : none;
         } else {
@@ -50,8 +50,9 @@ class Picker {
             // What is in hand may wait for a pick of another domain, and the others handle picks in turn: so
             // it must be done with before one is taken there.
             if (source.is_away() && !drain()) return;
+            if (!is_first) source.bind(heads());  // the epoch, which says where, is still on its way
+            is_first = false;
             in_hand = source.try_next(is_planned ? decode.size() : none);
-            source.bind(heads());
           } while (in_hand == elsewhere);
         }
         has_pick = true;
@@ -59,9 +60,9 @@ class Picker {
       // First what the plan is made of, then the plan, which everybody needs, be it to learn that there is
       // nothing to do, and then the rest.
       if (!is_planned && (replay ? in_hand >= graph_.first_up() : in_hand >= decode.num_early())) {
-        if (fault_before != 0) *group_.stop_flag() = 1;
         if (!is_asked_for) push(plan_item);
         is_asked_for = true;
+        if (fault_before != 0) *group_.stop_flag() = 1;
         if (!wait_for_plan()) return;
         decode.count();
         is_planned = true;

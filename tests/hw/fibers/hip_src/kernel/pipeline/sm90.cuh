@@ -44,6 +44,7 @@ inline void load_words(const u64* from, u64& first, u64& second) {
 }
 inline void add_release(u32* address) { fetch_add_relaxed<Scope::device>(address, 1u); }
 inline void prefetch(const void*) {}
+inline void bulk_prefetch(const void*, u32) {}
 
 inline float2 as_floats(u32 pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
