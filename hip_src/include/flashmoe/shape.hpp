@@ -11,7 +11,7 @@ using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
-FLASHMOE_FN u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
+FLASHMOE_FN constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 
 enum class DType : u32 { bf16 = 0, f32 = 1 };
 enum class Granularity : u32 { tile = 0, token = 1 };

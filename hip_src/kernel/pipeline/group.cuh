@@ -28,17 +28,20 @@ struct alignas(16) Work {
   }
 };
 
-//! A task on its way from the picking thread to the others; they add the times, in ns since the worker began.
+//! The later of two times of a launch, low halves of a clock.
+__device__ __forceinline__ u32 later(u32 a_ns, u32 b_ns) {
+  return static_cast<std::int32_t>(a_ns - b_ns) > 0 ? a_ns : b_ns;
+}
+
+//! A task on its way from the picking thread to the others; they add the times.
 struct Item : Work {
   u32 id, block;
   u32 ticket_ns;
   u32 ready_ns, turn_ns;  // inputs seen complete; the math warps have come to the task
 
-  __device__ __forceinline__ u32 seen_ready_ns() const { return ready_ns > ticket_ns ? ready_ns : ticket_ns; }
+  __device__ __forceinline__ u32 seen_ready_ns() const { return later(ready_ns, ticket_ns); }
   //! When the worker began: it was free, and the inputs were there.
-  __device__ __forceinline__ u32 start_ns() const {
-    return turn_ns > seen_ready_ns() ? turn_ns : seen_ready_ns();
-  }
+  __device__ __forceinline__ u32 start_ns() const { return later(turn_ns, seen_ready_ns()); }
 };
 static_assert(sizeof(Item) == sizeof_item);
 
@@ -64,8 +67,17 @@ struct Group {
   const SharedLayout& at;
   u32 worker;
   u32 epoch;
-  u64 begin_ns;  // with the trace on: when the worker began
+  u64 begin_ns;  // with the trace on: when the thread began
 
+  //! From here on the thread may read and write what launches before have to do with.
+  template <bool traced>
+  __device__ __forceinline__ void begin() {
+    sm90::wait_for_launch_before();
+    // relaxed: the launch before has ended. On its way while the first task begins: only what tells others
+    // needs it.
+    epoch = load_relaxed<Scope::device>(in_workspace<u32>(params.layout.epoch) + worker) + 1;
+    if constexpr (traced) begin_ns = clock_ns();
+  }
   __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch % 2]; }
   template <class T>
   __device__ __forceinline__ T* in_shared(u32 offset) const {
@@ -133,18 +145,19 @@ struct Group {
   __device__ __forceinline__ u32 tokens_of(u32 slot) const { return weights_of(slot) + weight_bytes; }
 
   // --- the trace
-  //! Since the worker began; its clock's low half will do.
-  __device__ __forceinline__ u32 now_ns() const { return sm90::timer_ns() - static_cast<u32>(begin_ns); }
-  __device__ __forceinline__ u64* begin_in_shared() const { return in_shared<u64>(at.scratch + 16); }
+  //! By a thread that began with the trace on.
   __device__ __forceinline__ void keep_record(const Item& item, u32 index) const {
     if (index >= params.trace_capacity) return;  // counted as dropped
-    const u32 end_ns = now_ns(), start_ns = item.start_ns();
+    const u32 end_ns = sm90::timer_ns(), low_ns = static_cast<u32>(begin_ns);
+    // what was given with the launch was in hand before it began
+    const u32 start_ns = later(item.start_ns(), low_ns), ticket_ns = later(item.ticket_ns, low_ns),
+              ready_ns = later(item.seen_ready_ns(), low_ns);
     params.records[u64{worker} * params.trace_capacity + index] = TraceRecord{
-        begin_ns + start_ns,
+        begin_ns + (start_ns - low_ns),
         end_ns - start_ns,
         item.id,
-        start_ns - item.ticket_ns,
-        start_ns - item.seen_ready_ns(),
+        start_ns - ticket_ns,
+        start_ns - ready_ns,
         static_cast<u16>(worker),
         0xffff,
         static_cast<u16>(home_domain(worker, domains_in_use(params.num_domains, params.num_workers))),

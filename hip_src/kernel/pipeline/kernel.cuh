@@ -32,24 +32,12 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
     group.init_barriers<mode>();
     group.stop_flag()[0] = group.stop_flag()[1] = 0;
   }
-  if (warp == R::stream && graph.gate_inside) {  // while the launch before still runs
-    constexpr u32 lines = num_experts * d_model * 2 / 128;
-    for (u32 i = group.worker * 32 + threadIdx.x % 32; i < lines; i += params.num_workers * 32)
-      sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
-  }
-  sm90::wait_for_launch_before();
-  // relaxed: the launch before has ended. On its way while the first task begins: only what tells others
-  // needs it.
-  group.epoch = load_relaxed<Scope::device>(group.in_workspace<u32>(params.layout.epoch) + group.worker) + 1;
-  if (traced && threadIdx.x == 0) {
-    *group.begin_in_shared() = params.summaries[group.worker].begin_ns = clock_ns();
-  }
   __syncthreads();
-  if constexpr (traced) group.begin_ns = *group.begin_in_shared();
-
+  // Each role does what it can before the launch before has ended, then begins.
   if (warp < math_warps) {
     Mathematician<groups, mode, traced>(group, graph).run();
   } else if (warp < R::pick) {
+    group.begin<traced>();
     if (group.worker + 1 == params.num_workers) {  // the idle half of the counters, for the next launch
       const Counters& idle = params.layout.counters[(group.epoch + 1) % 2];
       const u32 first = threadIdx.x - math_threads;
@@ -60,10 +48,18 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   } else if (warp == R::pick) {
     if (threadIdx.x % 32 == 0) Picker<mode, traced>(group, graph).run();
   } else if (warp == R::stream) {
+    if (graph.gate_inside) {
+      constexpr u32 lines = num_experts * d_model * 2 / 128;
+      for (u32 i = group.worker * 32 + threadIdx.x % 32; i < lines; i += params.num_workers * 32)
+        sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
+    }
+    group.begin<traced>();
     Streamer<mode>(group, graph.tiling).run();
   } else if (warp < R::signal) {
+    group.begin<traced>();
     Loader<mode, traced>(group, graph).run();
   } else if (threadIdx.x % 32 == 0) {
+    group.begin<traced>();
     Signaller(group, graph).run();
   }
   __syncthreads();

@@ -197,6 +197,7 @@ struct Params {
   u64 replay_digest;
   u32 num_tokens, num_workers, num_domains;
   u32 ring_slots;
+  u32 nothing;  // 0, which the compiler does not know
   u64 deadline_ns;
   FaultReport* fault;
   TraceRecord* records;     // [num_workers][trace_capacity]

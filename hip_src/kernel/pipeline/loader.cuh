@@ -8,6 +8,8 @@ namespace flashmoe::pipeline {
 template <Mode mode, bool traced>
 class Loader {
   using R = Roles<mode>;
+  //! Pairs of hidden words in a row's part of a slot, for each lane.
+  static constexpr u32 batch = ceil_div((d_ff < Split(1).slot_k() ? d_ff : Split(1).slot_k()) / 4, 32);
 
  public:
   __device__ Loader(Group& group, const TaskGraph& graph)
@@ -88,76 +90,76 @@ class Loader {
   }
 
   //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
-  //! column.
+  //! column. A lane has every 32nd pair of words of a row.
   __device__ __forceinline__ void load_words(const Work& work, Item& item) {
-    constexpr u32 batch = 6;  // pairs of words of a lane on their way
-    const Split split = work.template split<mode>(graph_.tiling);
-    const u32 pitch = split.pitch_bytes();
+    constexpr Split split(1);
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + work.first;
-    const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden);
     for (u32 k0 = 0; k0 < d_ff; k0 += split.slot_k()) {
       if (is_mine()) {
-        const u32 vectors = (d_ff - k0 < split.slot_k() ? d_ff - k0 : split.slot_k()) / 4;
-        bool is_free = false;
-        for (Cell begin{0, 0}; begin.row < work.num_tokens; begin.v += 32 * batch, begin.carry(vectors)) {
-          const u64* from[batch];
-          u32 to[batch];  // none: there is nothing left, and the lane looks at the first words again
+        for (u32 i = 0; i < work.num_tokens; ++i) {
+          const u32 entry = entries[i];
           u64 words[batch][2];
-#pragma unroll
-          for (u32 i = 0; i < batch; ++i) {
-            Cell cell{begin.row, begin.v + i * 32 + lane_};
-            cell.carry(vectors);
-            const bool is_there = cell.row < work.num_tokens;
-            if (!is_there) cell = Cell{0, 0};
-            const u32 pair = entries[cell.row];
-            from[i] = hidden + u64{pair} * (d_ff / 2) + k0 / 2 + cell.v * 2;
-            to[i] = is_there ? pair / top_k * pitch + cell.v * 8 : none;
-          }
           u32 turns = 0;
           u64 since_ns = 0;
-          for (;;) {
-            // relaxed: the word is the data, and the epoch in it says that it is there
+          if (k0 == 0 && entry == asked_for_) {
 #pragma unroll
-            for (u32 i = 0; i < batch; ++i) sm90::load_words(from[i], words[i][0], words[i][1]);
+            for (u32 b = 0; b < batch; ++b) words[b][0] = next_[b][0], words[b][1] = next_[b][1];
+          } else {
+            ask(k0, entry, words);
+          }
+          for (;;) {
             u32 other = 0;  // bits that are not this epoch's
 #pragma unroll
-            for (u32 i = 0; i < batch; ++i)
-              other |= (epoch_of(words[i][0]) ^ group_.epoch) | (epoch_of(words[i][1]) ^ group_.epoch);
+            for (u32 b = 0; b < batch; ++b)
+              if (has_pair(k0, b))
+                other |= (epoch_of(words[b][0]) ^ group_.epoch) | (epoch_of(words[b][1]) ^ group_.epoch);
             if (__all_sync(~0u, other == 0)) break;
             const bool go_on =
                 group_.keep_waiting(turns, since_ns, item.id, EventKind::upped, item.block, 0, group_.epoch);
             if (!__all_sync(~0u, go_on)) return;
+            ask(k0, entry, words);
           }
-          if (!is_free) {
+          if (i == 0) {
             if (k0 == 0) stamp_ready(item);
+            ask_ahead();
             group_.wait(group_.slot_free(slots_.slot), slots_.parity);
             if (group_.warp_stopped()) return;
-            is_free = true;
           }
-          const u32 tokens = group_.tokens_of(slots_.slot);
+          const u32 to = group_.tokens_of(slots_.slot) + entry / top_k * split.pitch_bytes() + lane_ * 8;
 #pragma unroll
-          for (u32 i = 0; i < batch; ++i) {
-            if (to[i] != none)
-              sm90::store_shared(tokens + to[i], static_cast<u32>(words[i][0]),
-                                 static_cast<u32>(words[i][1]));
-          }
+          for (u32 b = 0; b < batch; ++b)
+            if (has_pair(k0, b))
+              sm90::store_shared(to + b * 256, static_cast<u32>(words[b][0]), static_cast<u32>(words[b][1]));
         }
         sm90::arrive(group_.slot_full(slots_.slot));
       }
       slots_.advance(group_.params.ring_slots);
     }
   }
-
-  //! A row of a block, and a vector of it.
-  struct Cell {
-    u32 row, v;
-    __device__ __forceinline__ void carry(u32 vectors) {
-      while (v >= vectors) {
-        v -= vectors;
-        ++row;
-      }
-    }
-  };
+  __device__ __forceinline__ void ask(u32 k0, u32 entry, u64 (&words)[batch][2]) const {
+    const u64* from = group_.template in_workspace<u64>(group_.params.layout.hidden) + entry * (d_ff / 2) + k0 / 2;
+    // relaxed: the word is the data, and the epoch in it says that it is there
+#pragma unroll
+    for (u32 b = 0; b < batch; ++b)
+      if (has_pair(k0, b)) sm90::load_words(from + (b * 32 + lane_) * 2, words[b][0], words[b][1]);
+  }
+  //! While there is no room for a row, the next one that this warp will need may be on its way, too.
+  __device__ __forceinline__ void ask_ahead() {
+    Turn items = items_;
+    for (u32 i = 0; i < R::load_warps; ++i) items.advance(num_items);
+    asked_for_ = none;
+    if (!__all_sync(~0u, sm90::phase_is_over(group_.item_full(items.slot), items.parity))) return;
+    const Work work = group_.work(items.slot);
+    if (!work.is(TaskKind::down)) return;
+    asked_for_ = group_.template in_shared<u16>(group_.at.entries)[work.first];
+    ask(0, asked_for_, next_);
+  }
+  //! Has this lane a b-th pair of words, in the slot that begins at k0? All lanes do where rows are a multiple.
+  __device__ __forceinline__ bool has_pair(u32 k0, u32 b) const {
+    constexpr u32 slot_k = Split(1).slot_k();
+    if constexpr (d_ff % 128 == 0 && (d_ff % slot_k == 0 || d_ff < slot_k)) return true;
+    return k0 + (b * 32 + lane_) * 4 < d_ff && (b * 32 + lane_) * 4 < slot_k;
+  }
 
   //! Until all up tasks of an expert block have brought their rows. Looks at 32 blocks at once: most are
   //! there.
@@ -188,13 +190,15 @@ class Loader {
   __device__ __forceinline__ bool is_mine() const { return slots_.slot % R::load_warps == warp_; }
   __device__ __forceinline__ void stamp_ready(Item& item) const {
     if constexpr (traced) {
-      if (lane_ == 0) item.ready_ns = group_.now_ns();
+      if (lane_ == 0) item.ready_ns = sm90::timer_ns();
     }
   }
 
   Group& group_;
   const TaskGraph& graph_;
   u32 warp_, lane_;
+  u32 asked_for_ = none;  // words: the entry of the row that is on its way
+  u64 next_[batch][2];
   u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
   Turn items_{0}, slots_{1};
 };

@@ -19,6 +19,10 @@ class Mathematician {
 
   __device__ void run() {
     planner_.clear();
+    clear_sums();
+    group_.template begin<traced>();
+    // by the thread that says when tasks begin
+    if (traced && threadIdx.x == 0) group_.params.summaries[group_.worker].begin_ns = group_.begin_ns;
     const bool has_begun = begin_early();
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
@@ -57,7 +61,7 @@ class Mathematician {
 
   __device__ __forceinline__ void run_task(const Work& work, Item& item) {
     if (work.is(TaskKind::up)) {
-      clear_sums();
+      if (mode != Mode::words) clear_sums();
       multiply<d_model>(work, work.num_tokens);
       return put_partial(ceil_div(work.num_tokens, 8));
     }
@@ -127,9 +131,9 @@ class Mathematician {
 #pragma unroll
     for (u32 j = 0; j < groups; ++j)
       for (u32 i = 0; i < 4; ++i) sums_[j][i] = 0;
-#pragma unroll
-    for (u32 j = 0; j < 2 * warp_chunks; ++j)
-      for (u32 i = 0; i < 4; ++i) chains_[j][i] = 0;
+    if (mode == Mode::words)
+      for (auto& chain : chains_)
+        for (u32 i = 0; i < 4; ++i) chain[i] = 0;
   }
 
   //! Adds this warp's row tile and part of k, times the tokens, to its sums. down_words: tokens are columns,
@@ -157,31 +161,40 @@ class Mathematician {
     const u32 tile = warp_ & (split.tiles() - 1), part = warp_ >> split.log_tiles,
               log_parts = 3 - split.log_tiles;
     const u32 pitch = split.pitch_bytes();
-    const char* weights =
-        group_.shared + group_.at.ring + (tile * split.tile_chunks() + part) * chunk_bytes + lane_ * 16;
-    const char* tokens =
-        group_.shared + group_.at.ring + weight_bytes + lane_ / 4 * pitch + part * 64 + lane_ % 4 * 16;
+    const u32 weights = group_.at.ring + (tile * split.tile_chunks() + part) * chunk_bytes + lane_ * 16;
+    const u32 tokens = group_.at.ring + weight_bytes + lane_ / 4 * pitch + part * 64 + lane_ % 4 * 16;
     const bool has_column = !down_words || (work.present >> lane_ / 4 & 1) != 0;
     const bool has_tile = mode == Mode::words || tile < work.row_tiles;
+    // where there is but one group, products wait for none before
+    float new_chains[mode != Mode::words && used == 1 ? 2 * warp_chunks : 1][4] = {};
+    auto sums_of = [&](u32 j, u32 chain) -> float(&)[4] {
+      if constexpr (used > 1) return sums_[j];
+      if constexpr (mode == Mode::words) return chains_[chain];
+      return new_chains[chain];
+    };
 #pragma unroll
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       const u32 slot = slots_.slot * group_.at.slot_bytes;
+      u32 from = sm90::known_now(weights + slot), tokens_from = sm90::known_now(tokens + slot);
+      u32 seen = 0;
       auto multiply_chunk = [&](u32 q) {
         const u32 chunk = q << log_parts;  // after `part`
-        const auto* a = reinterpret_cast<const uint4*>(weights + slot + chunk * chunk_bytes);
-        const uint4 low = a[0], high = a[32];
+        const uint4 low = *group_.in_shared<uint4>(from + chunk * chunk_bytes),
+                    high = *group_.in_shared<uint4>(from + chunk * chunk_bytes + chunk_bytes / 2);
+        sm90::mix(seen, low.x ^ high.x);
         uint4 b[used];
 #pragma unroll
         for (u32 j = 0; j < used; ++j) {
-          b[j] = *reinterpret_cast<const uint4*>(tokens + slot + chunk * 64 + j * 8 * pitch);
-          if (!has_column) b[j] = make_uint4(0, 0, 0, 0);
+          const auto* mine = group_.in_shared<uint4>(tokens_from + chunk * 64 + j * 8 * pitch);
+          b[j] = down_words ? sm90::load_shared_if(has_column, sm90::shared_address(mine)) : *mine;
+          sm90::mix(seen, b[j].x);
         }
 #pragma unroll
         for (u32 j = 0; j < used; ++j)
-          sm90::mma(used == 1 ? chains_[2 * q] : sums_[j], low.x, low.y, low.z, low.w, b[j].x, b[j].y);
+          sm90::mma(sums_of(j, 2 * q), low.x, low.y, low.z, low.w, b[j].x, b[j].y);
 #pragma unroll
         for (u32 j = 0; j < used; ++j)
-          sm90::mma(used == 1 ? chains_[2 * q + 1] : sums_[j], high.x, high.y, high.z, high.w, b[j].z, b[j].w);
+          sm90::mma(sums_of(j, 2 * q + 1), high.x, high.y, high.z, high.w, b[j].z, b[j].w);
       };
       group_.wait(group_.slot_full(slots_.slot), slots_.parity);
       __syncwarp();
@@ -193,23 +206,25 @@ class Mathematician {
         for (u32 q = 0; q < warp_chunks; ++q)
           if ((q << log_parts) + part < (k - k0) / chunk_k) multiply_chunk(q);
       }
-      // After the products, which had to wait for what they multiply: an arrival that is merely placed after
-      // the loads does not wait for them, and lets other weights in.
+      // An arrival that is merely placed after the loads does not wait for them, and lets other weights in: its
+      // address is made of what they brought.
       __syncwarp();
-      sm90::arrive_if(group_.slot_free(slots_.slot), lane_ == 0);
+      sm90::arrive_if(group_.slot_free(slots_.slot) + (seen & group_.params.nothing), lane_ == 0);
       slots_.advance(group_.params.ring_slots);
     }
+    if constexpr (mode != Mode::words && used == 1) add_chains(new_chains);
+  }
+  __device__ __forceinline__ void add_chains(const float (&chains)[2 * warp_chunks][4]) {
+    static_assert(warp_chunks == 3);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+      sums_[0][i] = ((chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i])) + (chains[4][i] + chains[5][i]);
   }
 
   __device__ __forceinline__ void put_partial(u32 used) {
     group_.wait(group_.partial_free(partials_.slot), partials_.parity);
     __syncwarp();
-    if (used == 1) {
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i)
-        sums_[0][i] = ((chains_[0][i] + chains_[1][i]) + (chains_[2][i] + chains_[3][i])) +
-                      (chains_[4][i] + chains_[5][i]);
-    }
+    if constexpr (mode == Mode::words) add_chains(chains_);
     auto* partial =
         group_.in_shared<float4>(group_.at.partial) + (partials_.slot * math_warps + warp_) * groups * 32;
 #pragma unroll
@@ -218,11 +233,11 @@ class Mathematician {
     __syncwarp();
     sm90::arrive_if(group_.partial_full(partials_.slot), lane_ == 0);
     partials_.advance(SharedLayout::num_partials(groups));
+    if (mode == Mode::words) clear_sums();  // here it holds up nobody
   }
 
   __device__ __forceinline__ void down(const Work& work, const Item& item) {
     if constexpr (mode == Mode::words) {
-      if (work.chain & starts_chain) clear_sums();
       multiply<d_ff, true>(work, work.num_tokens);
       if (work.chain & ends_chain) return put_partial(1);
       // the finish warps have a part in the last task of a chain only
@@ -314,7 +329,7 @@ class Mathematician {
 
   __device__ __forceinline__ void stamp_turn(Item& item) const {
     if constexpr (traced) {
-      if (threadIdx.x == 0) item.turn_ns = group_.now_ns();
+      if (threadIdx.x == 0) item.turn_ns = sm90::timer_ns();
     }
   }
   //! Of the tasks that the finish warps have no part in.
@@ -332,7 +347,7 @@ class Mathematician {
   u32 num_tasks_ = 0;
   Turn items_{0}, slots_{0}, partials_{1};
   float sums_[groups][4];
-  float chains_[2 * warp_chunks][4];  // instead, where there is but one group: products wait for none before
+  float chains_[mode == Mode::words ? 2 * warp_chunks : 1][4];  // words: instead of the sums
 };
 
 }  // namespace flashmoe::pipeline

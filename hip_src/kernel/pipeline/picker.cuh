@@ -19,13 +19,12 @@ class Picker {
  private:
   __device__ __forceinline__ void pick() {
     const Params& params = group_.params;
-    // of an earlier launch: nothing runs until the host has reset the layer
-    const u32 fault_before = load_relaxed<Scope::system>(&params.fault->claimed);
     RankSource source(params.queue, nullptr, group_.worker, params.num_workers, params.num_domains,
                       FirstTickets::given);
     const PickOrder order(graph_, params.order);
     PickDecoder decode(order);
     const bool replay = params.queue == QueueKind::replay;
+    if (replay) begin();
     u32 place = replay ? params.replay_offset[group_.worker] : 0;
     const u32 end = replay ? params.replay_offset[group_.worker + 1] : 0;
     // Where all picks that need no plan are given with the launch, no counter has to be asked whether there
@@ -42,7 +41,7 @@ class Picker {
           is_asked_for = true;
         }
         if (!one_ahead()) return;
-        if constexpr (traced) ticket_ns_ = any_item_ ? group_.now_ns() : 0;
+        if constexpr (traced) ticket_ns_ = sm90::timer_ns();
         if (replay) {
           in_hand = place < end ? params.replay_ids[place++] : none;
         } else {
@@ -50,7 +49,10 @@ class Picker {
             // What is in hand may wait for a pick of another domain, and the others handle picks in turn: so
             // it must be done with before one is taken there.
             if (source.is_away() && !drain()) return;
-            if (!is_first) source.bind(heads());  // the epoch, which says where, is still on its way
+            if (!is_first) {
+              begin();
+              source.bind(heads());
+            }
             is_first = false;
             in_hand = source.try_next(is_planned ? decode.size() : none);
           } while (in_hand == elsewhere);
@@ -62,7 +64,8 @@ class Picker {
       if (!is_planned && (replay ? in_hand >= graph_.first_up() : in_hand >= decode.num_early())) {
         if (!is_asked_for) push(plan_item);
         is_asked_for = true;
-        if (fault_before != 0) *group_.stop_flag() = 1;
+        begin();
+        if (fault_before_ != 0) *group_.stop_flag() = 1;
         if (!wait_for_plan()) return;
         decode.count();
         is_planned = true;
@@ -87,6 +90,15 @@ class Picker {
     }
   }
 
+  //! What was given with the launch needs no memory, and was handed on before.
+  __device__ __forceinline__ void begin() {
+    if (has_begun_) return;
+    has_begun_ = true;
+    group_.template begin<traced>();
+    // of an earlier launch: nothing runs until the host has reset the layer
+    fault_before_ = load_relaxed<Scope::system>(&group_.params.fault->claimed);
+  }
+
   __device__ __forceinline__ char* heads() const {
     return group_.template in_workspace<char>(group_.counters().heads);
   }
@@ -109,7 +121,7 @@ class Picker {
     item_.id = task.id, item_.expert = task.expert, item_.tile = task.tile;
     item_.block = task.block;
     item_.first = static_cast<u16>(task.first), item_.num_tokens = static_cast<u16>(task.num_tokens);
-    item_.ticket_ns = ticket_ns_;
+    item_.ticket_ns = item_.ready_ns = item_.turn_ns = ticket_ns_;
     item_.chain = static_cast<u8>(chain);
     if (task.kind == TaskKind::up) {
       item_.row_tiles = static_cast<u8>(graph_.up_width(task.tile) / 8);
@@ -163,6 +175,8 @@ class Picker {
 
   Group& group_;
   const TaskGraph& graph_;
+  bool has_begun_ = false;
+  u32 fault_before_ = 0;
   u32 ticket_ns_ = 0;
   Item item_{};
   Turn items_{1}, last_item_{1}, item_before_{1};

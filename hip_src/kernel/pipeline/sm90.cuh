@@ -72,6 +72,24 @@ __device__ __forceinline__ void wait_for_async_copies() { asm volatile("cp.async
 __device__ __forceinline__ void store_shared(u32 to_shared, u32 first, u32 second) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to_shared), "r"(first), "r"(second) : "memory");
 }
+//! Zeros without the condition.
+__device__ __forceinline__ uint4 load_shared_if(bool condition, u32 from_shared) {
+  uint4 v{0, 0, 0, 0};
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "r"(from_shared), "r"(condition ? 1u : 0u));
+  return v;
+}
+//! seen ^= value, here and now.
+__device__ __forceinline__ void mix(u32& seen, u32 value) {
+  asm volatile("xor.b32 %0, %0, %1;" : "+r"(seen) : "r"(value));
+}
+//! Makes the compiler compute a value here, ahead of a wait, not where it is used.
+__device__ __forceinline__ u32 known_now(u32 value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 //! What this thread wrote, or has seen written, comes before the copies that are asked for after it.
 __device__ __forceinline__ void fence_before_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 

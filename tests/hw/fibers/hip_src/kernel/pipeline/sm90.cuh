@@ -33,6 +33,13 @@ inline void store_shared(u32 to_shared, u32 first, u32 second) {
   const u32 both[2] = {first, second};
   std::memcpy(fibers::shared_memory() + to_shared, both, sizeof both);
 }
+inline uint4 load_shared_if(bool condition, u32 from_shared) {
+  uint4 v{0, 0, 0, 0};
+  if (condition) std::memcpy(&v, fibers::shared_memory() + from_shared, sizeof v);
+  return v;
+}
+inline void mix(u32& seen, u32 value) { seen ^= value; }
+inline u32 known_now(u32 value) { return value; }
 inline void fence_before_copies() {}
 
 // --- global memory
