@@ -176,6 +176,8 @@ class PickDecoder {
   }
   FLASHMOE_FN u32 size() const { return size_; }
 
+  //! Orders by rows have all up tasks first.
+  FLASHMOE_FN bool is_up(u32 rank) const { return rank >= early_ && rank < early_ + num_up_; }
   //! As graph.decode(order[rank]); needs the plan from num_early() on.
   FLASHMOE_FN Task operator()(u32 rank) {
     chain_ = 1;

@@ -17,11 +17,12 @@ enum class Mode : u32 {
   rows,   // down by rows: an expert's rows added to sums in shared memory
   tiles,  // down by tile: results in memory, then combine
 };
-constexpr u32 max_words_tokens = 8;
+constexpr u32 max_words_tokens = 8, words_up_rows = 8, words_down_rows = 16;
 
 FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
   if (t.down == Down::tile) return Mode::tiles;
-  return num_tokens <= max_words_tokens && t.up_rows == 8 && t.down_rows == 16 ? Mode::words : Mode::rows;
+  const bool is_small = t.up_rows == words_up_rows && t.down_rows == words_down_rows;
+  return is_small && num_tokens <= max_words_tokens ? Mode::words : Mode::rows;
 }
 
 // --- the work-group: 16 warps. 8 multiply, one takes picks, one streams weights; the others by mode: words
@@ -159,7 +160,7 @@ struct SharedLayout {
     const u32 pairs = num_tokens * top_k;
     const u32 up_pitch = Split(t.up_rows / 8).pitch_bytes(),
               down_pitch = Split(t.down_rows / 16).pitch_bytes();
-    const u32 columns = mode == Mode::words ? max_words_tokens : (t.block_tokens + 7) / 8 * 8;
+    const u32 columns = mode == Mode::words ? num_tokens : (t.block_tokens + 7) / 8 * 8;
     l.slot_bytes = weight_bytes + columns * (up_pitch > down_pitch ? up_pitch : down_pitch);
     l.slot_bytes = (l.slot_bytes + 127) / 128 * 128;
     l.topk = take(pairs * 2);

@@ -8,8 +8,6 @@ namespace flashmoe::pipeline {
 template <Mode mode, bool traced>
 class Loader {
   using R = Roles<mode>;
-  //! Pairs of hidden words in a row's part of a slot, for each lane.
-  static constexpr u32 batch = ceil_div((d_ff < Split(1).slot_k() ? d_ff : Split(1).slot_k()) / 4, 32);
 
  public:
   __device__ Loader(Group& group, const TaskGraph& graph)
@@ -90,25 +88,26 @@ class Loader {
   }
 
   //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
-  //! column. A lane has every 32nd pair of words of a row.
+  //! column. A lane has every 32nd pair of words of a row, and asks for all it has at once.
   __device__ __forceinline__ void load_words(const Work& work, Item& item) {
     constexpr Split split(1);
+    constexpr u32 pairs = (d_ff < split.slot_k() ? d_ff : split.slot_k()) / 4, batch = ceil_div(pairs, 32);
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + work.first;
+    const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden) + lane_ * 2;
     for (u32 k0 = 0; k0 < d_ff; k0 += split.slot_k()) {
       if (is_mine()) {
         for (u32 i = 0; i < work.num_tokens; ++i) {
           const u32 entry = entries[i];
+          const u64* from = hidden + entry * (d_ff / 2) + k0 / 2;
           u64 words[batch][2];
           u32 turns = 0;
           u64 since_ns = 0;
-          if (k0 == 0 && entry == asked_for_) {
-#pragma unroll
-            for (u32 b = 0; b < batch; ++b) words[b][0] = next_[b][0], words[b][1] = next_[b][1];
-          } else {
-            ask(k0, entry, words);
-          }
           for (;;) {
             u32 other = 0;  // bits that are not this epoch's
+            // relaxed: the word is the data, and the epoch in it says that it is there
+#pragma unroll
+            for (u32 b = 0; b < batch; ++b)
+              if (has_pair(k0, b)) sm90::load_words(from + b * 64, words[b][0], words[b][1]);
 #pragma unroll
             for (u32 b = 0; b < batch; ++b)
               if (has_pair(k0, b))
@@ -117,11 +116,9 @@ class Loader {
             const bool go_on =
                 group_.keep_waiting(turns, since_ns, item.id, EventKind::upped, item.block, 0, group_.epoch);
             if (!__all_sync(~0u, go_on)) return;
-            ask(k0, entry, words);
           }
           if (i == 0) {
             if (k0 == 0) stamp_ready(item);
-            ask_ahead();
             group_.wait(group_.slot_free(slots_.slot), slots_.parity);
             if (group_.warp_stopped()) return;
           }
@@ -135,24 +132,6 @@ class Loader {
       }
       slots_.advance(group_.params.ring_slots);
     }
-  }
-  __device__ __forceinline__ void ask(u32 k0, u32 entry, u64 (&words)[batch][2]) const {
-    const u64* from = group_.template in_workspace<u64>(group_.params.layout.hidden) + entry * (d_ff / 2) + k0 / 2;
-    // relaxed: the word is the data, and the epoch in it says that it is there
-#pragma unroll
-    for (u32 b = 0; b < batch; ++b)
-      if (has_pair(k0, b)) sm90::load_words(from + (b * 32 + lane_) * 2, words[b][0], words[b][1]);
-  }
-  //! While there is no room for a row, the next one that this warp will need may be on its way, too.
-  __device__ __forceinline__ void ask_ahead() {
-    Turn items = items_;
-    for (u32 i = 0; i < R::load_warps; ++i) items.advance(num_items);
-    asked_for_ = none;
-    if (!__all_sync(~0u, sm90::phase_is_over(group_.item_full(items.slot), items.parity))) return;
-    const Work work = group_.work(items.slot);
-    if (!work.is(TaskKind::down)) return;
-    asked_for_ = group_.template in_shared<u16>(group_.at.entries)[work.first];
-    ask(0, asked_for_, next_);
   }
   //! Has this lane a b-th pair of words, in the slot that begins at k0? All lanes do where rows are a multiple.
   __device__ __forceinline__ bool has_pair(u32 k0, u32 b) const {
@@ -197,8 +176,6 @@ class Loader {
   Group& group_;
   const TaskGraph& graph_;
   u32 warp_, lane_;
-  u32 asked_for_ = none;  // words: the entry of the row that is on its way
-  u64 next_[batch][2];
   u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
   Turn items_{0}, slots_{1};
 };

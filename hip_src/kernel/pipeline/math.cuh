@@ -163,7 +163,8 @@ class Mathematician {
     const u32 pitch = split.pitch_bytes();
     const u32 weights = group_.at.ring + (tile * split.tile_chunks() + part) * chunk_bytes + lane_ * 16;
     const u32 tokens = group_.at.ring + weight_bytes + lane_ / 4 * pitch + part * 64 + lane_ % 4 * 16;
-    const bool has_column = !down_words || (work.present >> lane_ / 4 & 1) != 0;
+    // words: a slot has room for as many columns as there are tokens
+    const bool has_column = down_words ? (work.present >> lane_ / 4 & 1) != 0 : lane_ / 4 < work.num_tokens;
     const bool has_tile = mode == Mode::words || tile < work.row_tiles;
     // where there is but one group, products wait for none before
     float new_chains[mode != Mode::words && used == 1 ? 2 * warp_chunks : 1][4] = {};
@@ -181,13 +182,13 @@ class Mathematician {
         const u32 chunk = q << log_parts;  // after `part`
         const uint4 low = *group_.in_shared<uint4>(from + chunk * chunk_bytes),
                     high = *group_.in_shared<uint4>(from + chunk * chunk_bytes + chunk_bytes / 2);
-        sm90::mix(seen, low.x ^ high.x);
+        if (used <= 2) seen ^= low.x ^ high.x;
         uint4 b[used];
 #pragma unroll
         for (u32 j = 0; j < used; ++j) {
           const auto* mine = group_.in_shared<uint4>(tokens_from + chunk * 64 + j * 8 * pitch);
-          b[j] = down_words ? sm90::load_shared_if(has_column, sm90::shared_address(mine)) : *mine;
-          sm90::mix(seen, b[j].x);
+          b[j] = mode == Mode::words ? sm90::load_shared_if(has_column, sm90::shared_address(mine)) : *mine;
+          if (used <= 2) seen ^= b[j].x;
         }
 #pragma unroll
         for (u32 j = 0; j < used; ++j)
@@ -207,7 +208,9 @@ class Mathematician {
           if ((q << log_parts) + part < (k - k0) / chunk_k) multiply_chunk(q);
       }
       // An arrival that is merely placed after the loads does not wait for them, and lets other weights in: its
-      // address is made of what they brought.
+      // address is made of what they brought, or of their products, where these are many.
+      if (used > 2)
+        for (u32 j = 0; j < used; ++j) seen ^= __float_as_uint(sums_[j][0]);
       __syncwarp();
       sm90::arrive_if(group_.slot_free(slots_.slot) + (seen & group_.params.nothing), lane_ == 0);
       slots_.advance(group_.params.ring_slots);

@@ -33,6 +33,10 @@ class Picker {
         !replay && params.queue != QueueKind::domain && decode.num_early() <= params.num_workers;
     bool is_asked_for = false, is_planned = false;  // the plan
     u32 in_hand = none;                             // in hand: a rank, or the id of a list
+    // Where tasks are short, the next ticket is asked for before the present one is looked at.
+    const bool asks_ahead = mode == Mode::words && params.queue == QueueKind::ticket;
+    bool has_ticket = false;
+    u32 ticket = 0;  // on its way, perhaps
     bool has_pick = false, is_first = true;
     for (;;) {
       if (!has_pick) {
@@ -42,7 +46,10 @@ class Picker {
         }
         if (!one_ahead()) return;
         if constexpr (traced) ticket_ns_ = sm90::timer_ns();
-        if (replay) {
+        if (has_ticket) {
+          in_hand = ticket < decode.size() ? ticket : none;
+          has_ticket = false;
+        } else if (replay) {
           in_hand = place < end ? params.replay_ids[place++] : none;
         } else {
           do {
@@ -65,6 +72,7 @@ class Picker {
         if (!is_asked_for) push(plan_item);
         is_asked_for = true;
         begin();
+        source.bind(heads());
         if (fault_before_ != 0) *group_.stop_flag() = 1;
         if (!wait_for_plan()) return;
         decode.count();
@@ -74,6 +82,11 @@ class Picker {
       }
       if (in_hand == none) break;
       has_pick = false;
+      // but not past a chain: another worker may have none
+      if (asks_ahead && is_planned && decode.is_up(in_hand)) {
+        ticket = source.ask();
+        has_ticket = true;
+      }
       Task task;
       u32 length = 1;
       if (replay) {

@@ -188,7 +188,7 @@ struct Planner {
       key[i] = i * 32 + lane < num_experts ? ordered << 16 | (0xffffu - (i * 32 + lane)) : 0u;
     }
     u32 chosen = 0;
-#pragma unroll
+#pragma unroll 1  // one after the other in any case, and fewer instructions to fetch
     for (u32 r = 0; r < top_k; ++r) {
       u32 best = 0;
 #pragma unroll
@@ -376,7 +376,7 @@ struct Planner {
       total += summand(tokens[i]);
     }
     u64 before = total;
-#pragma unroll
+#pragma unroll 1
     for (u32 step = 1; step < 32; step *= 2) {
       const u64 other = __shfl_up_sync(~0u, before, step);
       if (lane >= step) before += other;

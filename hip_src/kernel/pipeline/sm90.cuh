@@ -81,10 +81,6 @@ __device__ __forceinline__ uint4 load_shared_if(bool condition, u32 from_shared)
       : "r"(from_shared), "r"(condition ? 1u : 0u));
   return v;
 }
-//! seen ^= value, here and now.
-__device__ __forceinline__ void mix(u32& seen, u32 value) {
-  asm volatile("xor.b32 %0, %0, %1;" : "+r"(seen) : "r"(value));
-}
 //! Makes the compiler compute a value here, ahead of a wait, not where it is used.
 __device__ __forceinline__ u32 known_now(u32 value) {
   asm volatile("" : "+r"(value));

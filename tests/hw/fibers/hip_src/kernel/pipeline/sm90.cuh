@@ -38,7 +38,6 @@ inline uint4 load_shared_if(bool condition, u32 from_shared) {
   if (condition) std::memcpy(&v, fibers::shared_memory() + from_shared, sizeof v);
   return v;
 }
-inline void mix(u32& seen, u32 value) { seen ^= value; }
 inline u32 known_now(u32 value) { return value; }
 inline void fence_before_copies() {}
 
