@@ -77,20 +77,20 @@ def test_every_queue_is_right_and_gives_the_same_bits_for_every_skew(make, tilin
     x = tokens(MODEL, COUNTS[ep_size], seed=ep_size)
     cases = [(x, routing) for routing in routings(ep_size)]
     cases.append((tokens_without_ties(MODEL, weights_of(MODEL), SMALL[ep_size]), None))
-    wanted = None
+    wanted: dict[str, list] = {}  # by kernel: each adds up in an order of its own
     for policy in [*BUILT_IN_POLICIES, BIG_FIRST]:
         layer = make(ep_size=ep_size, policy=policy, tiling=TILINGS[tiling], trace=False)
+        kernel = layer.kernel_name(1).split(",")[0]
         seen = []
         for rows, routing in cases:
             follows = routing or chosen(rows)
             result = launch(layer, rows, routing, follows=follows if policy is BIG_FIRST else None)
-            if wanted is None:
+            if kernel not in wanted:
                 assert_right(MODEL, rows, result)
             for pe, idx in enumerate(result.routing.topk_idx):
                 assert not result.outputs[pe][(idx < 0).all(axis=1)].any()
             seen.append(bits(result.outputs))
-        wanted = wanted or seen
-        assert seen == wanted, policy
+        assert seen == wanted.setdefault(kernel, seen), policy
 
 
 def chosen(x):
@@ -234,7 +234,7 @@ def test_lists_that_deadlock_end_at_the_deadline_and_the_layer_goes_on(make, mon
         return [[ids[::-1] for ids in pe] for pe in to_schedule(*arguments)]
 
     monkeypatch.setattr(native_layer, "to_schedule", backwards)
-    with pytest.raises(LaunchError, match=r"PE \d worker \d, epoch \d+: waited 0\.3\d* s with task \d+ for ") as error:
+    with pytest.raises(LaunchError, match=r"PE \d worker \d, epoch \d+: waited 0\.3\d* s with ") as error:
         launch(layer, x, routing, follows=routing)
     assert error.value.fault["waited_s"] >= 0.3 and error.value.fault["seen"] != error.value.fault["wanted"]
     monkeypatch.undo()

@@ -162,7 +162,10 @@ class PickDecoder {
         up_(order.graph.up_per_block()),
         down_(order.graph.by_rows() ? order.graph.tiling.down_tiles(order.graph.shape)
                                     : order.graph.down_per_block()),
-        combine_(order.graph.num_combine()) {}
+        combine_(order.graph.num_combine()),
+        one_block_(order.graph.shape.num_pes == 1 &&
+                   order.graph.num_tokens <= order.graph.tiling.block_tokens &&
+                   !order.graph.whole_experts()) {}
 
   FLASHMOE_FN u32 num_early() const { return early_; }
   //! The plan is there.
@@ -220,6 +223,10 @@ class PickDecoder {
   }
   //! The place in the sequence of the expert that has this block, counted in the sequence.
   FLASHMOE_FN void find_place(u32 block) {
+    if (one_block_) {
+      place_ = block;
+      return;
+    }
     if (block < graph_.plan.sequence_offset[place_]) place_ = 0;
     while (block >= graph_.plan.sequence_offset[place_ + 1]) ++place_;
   }
@@ -253,6 +260,7 @@ class PickDecoder {
   const PickOrder& order_;
   const TaskGraph& graph_;
   u32 early_, first_task_, first_route_, first_dispatch_, first_up_, gate_tiles_, up_, down_, combine_;
+  bool one_block_;  // has an expert, at most
   u32 num_up_ = 0, num_down_ = 0, first_down_ = 0, active_groups_ = 0, size_ = 0;
   u32 place_ = 0;  // in the sequence, of the last pick
   u32 chain_ = 1;

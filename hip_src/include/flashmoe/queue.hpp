@@ -85,10 +85,11 @@ class RankSource {
   FLASHMOE_FN u32* head(u32 domain) const { return reinterpret_cast<u32*>(heads_ + domain * line_bytes); }
   //! Tickets of a domain that are given with the launch: one to each of its workers.
   FLASHMOE_FN u32 given(u32 domain) const {
-    return first_ == FirstTickets::asked_for ? 0 : (num_workers_ - domain + domains_ - 1) / domains_;
+    if (first_ == FirstTickets::asked_for) return 0;
+    return domains_ == 1 ? num_workers_ : (num_workers_ - domain + domains_ - 1) / domains_;
   }
   FLASHMOE_FN u32 take(u32 domain) {
-    if (first_ == FirstTickets::given && turn_++ == 0) return worker_ / domains_;
+    if (first_ == FirstTickets::given && turn_++ == 0) return domains_ == 1 ? worker_ : worker_ / domains_;
     // relaxed: a ticket orders nothing, the inputs of the task are acquired when they are waited for
     return given(domain) + fetch_add_relaxed<Scope::device>(head(domain), 1u);
   }

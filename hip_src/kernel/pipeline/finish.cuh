@@ -29,9 +29,8 @@ class Finisher {
           if constexpr (mode == Mode::tiles) down_tile(work);
         }
         if constexpr (traced) {
-          const bool is_mine =
-              work.is(TaskKind::up) ||
-              (work.is(TaskKind::down) && (mode != Mode::words || work.chain & ends_chain));
+          const bool is_mine = work.is(TaskKind::up) ||
+                               (work.is(TaskKind::down) && (mode != Mode::words || work.chain & ends_chain));
           if (is_mine && warp_ == 0 && lane_ == 0) group_.keep_record(group_.item(items_.slot), num_tasks_);
         }
         ++num_tasks_;

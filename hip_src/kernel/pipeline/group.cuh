@@ -43,7 +43,7 @@ struct Item : Work {
   //! When the worker began: it was free, and the inputs were there.
   __device__ __forceinline__ u32 start_ns() const { return later(turn_ns, seen_ready_ns()); }
 };
-static_assert(sizeof(Item) == sizeof_item);
+static_assert(sizeof(Work) == 16 && sizeof(Item) == sizeof_item);
 
 //! Named barriers of the hardware; 0 is __syncthreads.
 constexpr u32 math_barrier = 1, finish_barrier = 2;
@@ -137,6 +137,14 @@ struct Group {
     sm90::barriers_initialised();
   }
   __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
+  //! As the four words that they are: a compiler may copy bytes.
+  __device__ __forceinline__ void put(const Item& item, u32 slot) const {
+    auto* to = in_shared<uint4>(at.items + slot * sizeof_item);
+    to[0] = make_uint4(item.kind | item.chain << 8 | item.row_tiles << 16 | u32{item.present} << 24,
+                       item.first | u32{item.num_tokens} << 16, item.tile, item.expert);
+    to[1] = make_uint4(item.id, item.block, item.ticket_ns, item.ready_ns);
+    *in_shared<u32>(at.items + slot * sizeof_item + 32) = item.turn_ns;
+  }
   __device__ __forceinline__ const Item& item(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
   __device__ __forceinline__ Item& item(u32 slot) { return in_shared<Item>(at.items)[slot]; }
   __device__ __forceinline__ u32 weights_of(u32 slot) const {

@@ -56,7 +56,8 @@ struct Split {
                                   : 0) {}
   FLASHMOE_FN constexpr u32 tiles() const { return 1u << log_tiles; }
   FLASHMOE_FN constexpr u32 parts() const { return math_warps >> log_tiles; }
-  FLASHMOE_FN constexpr u32 tile_chunks() const { return slot_chunks >> log_tiles; }  // of a row tile in a slot
+  //! Of a row tile in a slot.
+  FLASHMOE_FN constexpr u32 tile_chunks() const { return slot_chunks >> log_tiles; }
   FLASHMOE_FN constexpr u32 slot_k() const { return tile_chunks() * chunk_k; }
   //! Bytes from token to token in a slot: 64 more than a multiple of 128, so that the 8 lanes that the shared
   //! memory serves at once (2 tokens, 64 bytes of each) find 8 different groups of banks.

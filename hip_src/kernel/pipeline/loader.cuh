@@ -11,10 +11,7 @@ class Loader {
 
  public:
   __device__ Loader(Group& group, const TaskGraph& graph)
-      : group_(group),
-        graph_(graph),
-        warp_(threadIdx.x / 32 - R::load),
-        lane_(threadIdx.x % 32) {}
+      : group_(group), graph_(graph), warp_(threadIdx.x / 32 - R::load), lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
     for (;;) {
@@ -47,8 +44,8 @@ class Loader {
     }
   }
 
-  //! Rows of x (block none) or hidden rows, for each slot that their weights fill. Some lanes share a row: all,
-  //! where there is one, and four where there are five or more.
+  //! Rows of x (block none) or hidden rows, for each slot that their weights fill. Some lanes share a row:
+  //! all, where there is one, and four where there are five or more.
   template <u32 k>
   __device__ __forceinline__ void load_rows(const Work& work, Item& item, u32 first, u32 count, u32 block) {
     const Split split = work.template split<mode>(graph_.tiling);
@@ -104,7 +101,7 @@ class Loader {
           u64 since_ns = 0;
           for (;;) {
             u32 other = 0;  // bits that are not this epoch's
-            // relaxed: the word is the data, and the epoch in it says that it is there
+                            // relaxed: the word is the data, and the epoch in it says that it is there
 #pragma unroll
             for (u32 b = 0; b < batch; ++b)
               if (has_pair(k0, b)) sm90::load_words(from + b * 64, words[b][0], words[b][1]);
@@ -133,7 +130,8 @@ class Loader {
       slots_.advance(group_.params.ring_slots);
     }
   }
-  //! Has this lane a b-th pair of words, in the slot that begins at k0? All lanes do where rows are a multiple.
+  //! Has this lane a b-th pair of words, in the slot that begins at k0? All lanes do where rows are a
+  //! multiple.
   __device__ __forceinline__ bool has_pair(u32 k0, u32 b) const {
     constexpr u32 slot_k = Split(1).slot_k();
     if constexpr (d_ff % 128 == 0 && (d_ff % slot_k == 0 || d_ff < slot_k)) return true;

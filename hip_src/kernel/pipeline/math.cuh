@@ -67,8 +67,8 @@ class Mathematician {
     }
     if (work.is(TaskKind::down)) return down(work, item);
     if (work.is(TaskKind::gate)) {
-      planner_.gate<mode>(Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.num_tokens,
-                               none});
+      planner_.gate<mode>(
+          Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.num_tokens, none});
     } else if (work.is(TaskKind::route)) {
       route(work, item);
     } else {
@@ -141,8 +141,7 @@ class Mathematician {
   template <u32 k, bool down_words = false>
   __device__ __forceinline__ void multiply(const Work& work, u32 count) {
     const u32 used = down_words ? 1 : ceil_div(count, 8);
-    switch_over<1>(used,
-                   [&](auto number) { multiply_groups<k, down_words, decltype(number)::value>(work); });
+    switch_over<1>(used, [&](auto number) { multiply_groups<k, down_words, decltype(number)::value>(work); });
   }
   //! Calls with the number as a constant: the products of all groups are one straight piece of code.
   template <u32 first, class Call>
@@ -207,8 +206,8 @@ class Mathematician {
         for (u32 q = 0; q < warp_chunks; ++q)
           if ((q << log_parts) + part < (k - k0) / chunk_k) multiply_chunk(q);
       }
-      // An arrival that is merely placed after the loads does not wait for them, and lets other weights in: its
-      // address is made of what they brought, or of their products, where these are many.
+      // An arrival that is merely placed after the loads does not wait for them, and lets other weights in:
+      // its address is made of what they brought, or of their products, where these are many.
       if (used > 2)
         for (u32 j = 0; j < used; ++j) seen ^= __float_as_uint(sums_[j][0]);
       __syncwarp();
@@ -221,7 +220,8 @@ class Mathematician {
     static_assert(warp_chunks == 3);
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
-      sums_[0][i] = ((chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i])) + (chains[4][i] + chains[5][i]);
+      sums_[0][i] =
+          ((chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i])) + (chains[4][i] + chains[5][i]);
   }
 
   __device__ __forceinline__ void put_partial(u32 used) {

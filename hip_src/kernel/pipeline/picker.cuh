@@ -143,6 +143,7 @@ class Picker {
       if constexpr (mode == Mode::words) {
         const u16* entries = group_.template in_shared<u16>(group_.at.entries) + task.first;
         u32 present = 0;
+#pragma unroll 1
         for (u32 i = 0; i < task.num_tokens; ++i) present |= 1u << entries[i] / top_k;
         item_.present = static_cast<u8>(present);
       }
@@ -158,7 +159,7 @@ class Picker {
 
   __device__ __forceinline__ void push(const Item& item) {
     if (!group_.wait_for_item(group_.item_free(items_.slot), items_.parity)) return;
-    group_.item(items_.slot) = item;
+    group_.put(item, items_.slot);
     sm90::arrive(group_.item_full(items_.slot));
     item_before_ = last_item_;
     last_item_ = items_;

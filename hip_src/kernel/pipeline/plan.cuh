@@ -340,8 +340,7 @@ struct Planner {
     const u32 tiles = ceil_div(d_ff, tiling.up_rows), row_tiles = tiling.up_rows / 8;
     u32 left = group.worker / tiles, expert = none;
     for (u32 base = 0; base < num_experts && expert == none; base += 32) {
-      const u32 active =
-          __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
+      const u32 active = __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
       if (left < __popc(active)) {
         const bool is_it = (active >> lane & 1) != 0 && __popc(active & ((1u << lane) - 1)) == left;
         expert = base + __ffs(static_cast<int>(__ballot_sync(~0u, is_it))) - 1;
@@ -351,9 +350,9 @@ struct Planner {
     const u32 row_tile = group.worker % tiles * row_tiles + lane;
     if (expert == none || lane >= row_tiles || row_tile >= d_ff / 8) return;
     const u32 bytes = group.params.ring_slots * weight_bytes / row_tiles;
-    sm90::bulk_prefetch(
-        static_cast<const char*>(group.params.gate_up) + (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
-        bytes < up_tile_bytes ? bytes : up_tile_bytes);
+    sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
+                            (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
+                        bytes < up_tile_bytes ? bytes : up_tile_bytes);
   }
 
   //! Prefix sums over the experts, a few each lane. With one PE all tokens are its own: most orders are that

@@ -75,10 +75,9 @@ __device__ __forceinline__ void store_shared(u32 to_shared, u32 first, u32 secon
 //! Zeros without the condition.
 __device__ __forceinline__ uint4 load_shared_if(bool condition, u32 from_shared) {
   uint4 v{0, 0, 0, 0};
-  asm volatile(
-      "{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
-      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-      : "r"(from_shared), "r"(condition ? 1u : 0u));
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "r"(from_shared), "r"(condition ? 1u : 0u));
   return v;
 }
 //! Makes the compiler compute a value here, ahead of a wait, not where it is used.

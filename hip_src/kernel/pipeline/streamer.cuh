@@ -64,7 +64,8 @@ class Streamer {
     for (u32 slot = 0; slot < slots && slot < num_slots_; ++slot) {
       const u32 uses = (num_slots_ - slot + slots - 1) / slots;
       const u64 since_ns = clock_ns();
-      while (!sm90::phase_is_over(group_.slot_full(slot), (uses - 1) & 1) && clock_ns() - since_ns < 1'000'000) {
+      while (!sm90::phase_is_over(group_.slot_full(slot), (uses - 1) & 1) &&
+             clock_ns() - since_ns < 1'000'000) {
       }
     }
   }

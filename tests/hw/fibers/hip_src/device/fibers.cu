@@ -27,7 +27,7 @@ struct Fiber {
   char* stack;
   bool is_started = false;
   jmp_buf context;
-  u32 looks = 0;  // at memory, since it last did something else
+  u32 looks = 0;                 // at memory, since it last did something else
   std::vector<Piece> asked_for;  // by async_copy, since it last handed them to a barrier
 };
 struct Warp {
