@@ -90,7 +90,8 @@ FLASHMOE_DEVICE u32 lowest_bit(u64 bits) {
 FLASHMOE_DEVICE u32 count_bits(u64 bits) { return static_cast<u32>(__popcll(bits)); }
 
 // --- within a work-group
-FLASHMOE_DEVICE void barrier() { __syncthreads(); }
+//! Of all waves. The leader's comes with one lane alone: __syncthreads() wants whole warps.
+FLASHMOE_DEVICE void barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
 FLASHMOE_DEVICE void add_in_group(u32* shared, u32 value) { atomicAdd(shared, value); }
 //! Nothing to do: order is cumulative. A barrier orders the stores of all waves before the leader's release,
 //! and its acquire before the loads of all waves.

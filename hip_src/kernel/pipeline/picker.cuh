@@ -159,6 +159,8 @@ class Picker {
 
   __device__ __forceinline__ void push(const Item& item) {
     if (!group_.wait_for_item(group_.item_free(items_.slot), items_.parity)) return;
+    // over, too, as every phase that somebody arrives for must be seen by somebody
+    group_.wait(group_.item_begun(items_.slot), items_.parity);
     group_.put(item, items_.slot);
     sm90::arrive(group_.item_full(items_.slot));
     item_before_ = last_item_;
