@@ -66,8 +66,10 @@ class RankSource {
     }
     return none;
   }
-  //! `ticket`: the next rank, which may be past the end. Whoever does not look at it need not wait for it.
-  FLASHMOE_FN u32 ask() { return take(0); }
+  //! `ticket`: as `next`, in two steps. The answer need not have come before it is looked at, and the rank
+  //! may be past the end.
+  FLASHMOE_FN u32 ask() const { return fetch_add_relaxed<Scope::device>(head(0), 1u); }
+  FLASHMOE_FN u32 rank_of(u32 answer) const { return given(0) + answer; }
   FLASHMOE_FN bool is_away() const { return domain_ != home_; }
 
  private:

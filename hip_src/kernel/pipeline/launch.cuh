@@ -31,7 +31,7 @@ FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
 constexpr u32 math_warps = 8, num_threads = 512, math_threads = 32 * math_warps;
 template <Mode mode>
 struct Roles {
-  static constexpr u32 finish_warps = mode == Mode::words ? 2 : 4, load_warps = mode == Mode::words ? 4 : 1,
+  static constexpr u32 finish_warps = mode == Mode::words ? 2 : 3, load_warps = mode == Mode::words ? 4 : 2,
                        signal_warps = mode == Mode::words ? 0 : 1;
   static constexpr u32 most_rows = mode == Mode::words ? 8 : mode == Mode::rows ? 32 : 64;  // of a block
   static constexpr u32 finish_threads = 32 * finish_warps;

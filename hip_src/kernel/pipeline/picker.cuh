@@ -36,7 +36,7 @@ class Picker {
     // Where tasks are short, the next ticket is asked for before the present one is looked at.
     const bool asks_ahead = mode == Mode::words && params.queue == QueueKind::ticket;
     bool has_ticket = false;
-    u32 ticket = 0;  // on its way, perhaps
+    u32 answer = 0;  // on its way, perhaps
     bool has_pick = false, is_first = true;
     for (;;) {
       if (!has_pick) {
@@ -47,7 +47,8 @@ class Picker {
         if (!one_ahead()) return;
         if constexpr (traced) ticket_ns_ = sm90::timer_ns();
         if (has_ticket) {
-          in_hand = ticket < decode.size() ? ticket : none;
+          const u32 rank = source.rank_of(answer);
+          in_hand = rank < decode.size() ? rank : none;
           has_ticket = false;
         } else if (replay) {
           in_hand = place < end ? params.replay_ids[place++] : none;
@@ -84,7 +85,7 @@ class Picker {
       has_pick = false;
       // but not past a chain: another worker may have none
       if (asks_ahead && is_planned && decode.is_up(in_hand)) {
-        ticket = source.ask();
+        answer = source.ask();
         has_ticket = true;
       }
       Task task;

@@ -305,8 +305,8 @@ struct Planner {
     const bool is_sorted = order == Order::arrival || order == Order::lpt;
     meet();  // the masks are clear
     gather_routing<mode>();
-    hand_over();
     if (words > 1) {
+      meet();
       for (u32 expert = thread; expert < num_experts; expert += math_threads) {
         u32 sum = 0;
         for (u32 w = 0; w < words; ++w) {
@@ -315,8 +315,8 @@ struct Planner {
         }
         count[expert] = sum;
       }
-      hand_over();
     }
+    hand_over();
     if (warp == 0) {
       add_up(plan, words > 1 ? count : mask, words > 1);
       __syncwarp();
@@ -410,6 +410,7 @@ struct Planner {
                                              u32 threads) const {
     const u16* topk = group.in_shared<u16>(group.at.topk);
     u16* entries = group.in_shared<u16>(group.at.entries);
+#pragma unroll 4
     for (u32 pair = thread; pair < num_tokens() * top_k; pair += threads) {
       const u32 expert = topk[pair], token = pair / top_k;
       if (expert >= num_experts) continue;
