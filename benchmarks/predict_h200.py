@@ -104,6 +104,10 @@ def calibrated(benchmark: str, quantity: str, **conditions: object) -> float:
 def machine_for(case: Case, tokens: int) -> Machine:
     """An H200 as the kernel of a case uses it."""
     machine = replace(Machine.preset("h200"), pe_spread=0.0, **PROTOTYPE)  # the mean H200
+    # that card's memory: cards differ by 2 %
+    rate = float(resolve(machine, 1, machine.num_cus).rates[0, -1]) * machine.num_cus * 1000
+    here = calibrated("read_bandwidth", "total", slots=3, sms=machine.num_cus)
+    machine = replace(machine, hbm_bytes_per_ns=machine.hbm_bytes_per_ns * here / rate)
     if case.programmatic and tokens <= 64:
         ready_ns = calibrated("launch", "gap_last_end_to_first_ready", programmatic=True)
         machine = replace(machine, launch_ps=round(ready_ns * 1000))

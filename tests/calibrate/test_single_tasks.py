@@ -90,3 +90,14 @@ def test_other_launches_are_refused():
         single_task_parameters([launched(1, BARE), launched(4, BARE, workers=3)], BARE)
     with pytest.raises(ValueError, match=r"launches of \[4.0\] tokens"):
         single_task_parameters([launched(4, BARE)], BARE)
+
+
+def test_what_is_finished_beside_the_next_task_takes_no_longer_than_the_next_task():
+    truth = replace(BARE, **TRUTH)
+    layers = []
+    for layer in (launched(tokens, truth) for tokens in (1, 4, 16, 64)):
+        records = layer.trace.records.copy()  # as where each task of a kernel waits until those before it are finished
+        records["end_ps"][layer.trace.kind_names == "up"] += 5_000_000
+        layers.append(replace(layer, trace=replace(layer.trace, records=records)))
+    least_ps = 100_000 + 1_000 * 65_536 / 60.0  # gap and bytes / feed, of the smallest tile
+    assert single_task_parameters(layers, BARE)["up_overhead_ps"].value == pytest.approx(least_ps, rel=0.02)
