@@ -100,11 +100,11 @@ class Loader {
           u32 turns = 0;
           u64 since_ns = 0;
           for (;;) {
-            u32 other = 0;  // bits that are not this epoch's
-                            // relaxed: the word is the data, and the epoch in it says that it is there
+            // relaxed: the word is the data, and the epoch in it says that it is there
 #pragma unroll
             for (u32 b = 0; b < batch; ++b)
               if (has_pair(k0, b)) sm90::load_words(from + b * 64, words[b][0], words[b][1]);
+            u32 other = 0;  // bits that are not this epoch's
 #pragma unroll
             for (u32 b = 0; b < batch; ++b)
               if (has_pair(k0, b))
@@ -130,6 +130,7 @@ class Loader {
       slots_.advance(group_.params.ring_slots);
     }
   }
+
   //! Has this lane a b-th pair of words, in the slot that begins at k0? All lanes do where rows are a
   //! multiple.
   __device__ __forceinline__ bool has_pair(u32 k0, u32 b) const {

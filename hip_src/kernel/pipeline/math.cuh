@@ -175,7 +175,7 @@ class Mathematician {
 #pragma unroll
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       const u32 slot = slots_.slot * group_.at.slot_bytes;
-      u32 from = sm90::known_now(weights + slot), tokens_from = sm90::known_now(tokens + slot);
+      const u32 from = sm90::known_now(weights + slot), tokens_from = sm90::known_now(tokens + slot);
       u32 seen = 0;
       auto multiply_chunk = [&](u32 q) {
         const u32 chunk = q << log_parts;  // after `part`
@@ -216,6 +216,7 @@ class Mathematician {
     }
     if constexpr (mode != Mode::words && used == 1) add_chains(new_chains);
   }
+
   __device__ __forceinline__ void add_chains(const float (&chains)[2 * warp_chunks][4]) {
     static_assert(warp_chunks == 3);
 #pragma unroll
