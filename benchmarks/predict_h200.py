@@ -100,14 +100,18 @@ def calibrated(benchmark: str, quantity: str, **conditions: object) -> float:
     return Measurements.load(CALIBRATION).one(benchmark, quantity, **conditions).median
 
 
+def reading_bytes_per_ns(machine: Machine) -> float:
+    """Of all CUs together."""
+    return float(resolve(machine, 1, machine.num_cus).rates[0, -1]) * machine.num_cus * 1000
+
+
 @cache
 def machine_for(case: Case, tokens: int) -> Machine:
     """An H200 as the kernel of a case uses it."""
     machine = replace(Machine.preset("h200"), pe_spread=0.0, **PROTOTYPE)  # the mean H200
     # that card's memory: cards differ by 2 %
-    rate = float(resolve(machine, 1, machine.num_cus).rates[0, -1]) * machine.num_cus * 1000
     here = calibrated("read_bandwidth", "total", slots=3, sms=machine.num_cus)
-    machine = replace(machine, hbm_bytes_per_ns=machine.hbm_bytes_per_ns * here / rate)
+    machine = replace(machine, hbm_bytes_per_ns=machine.hbm_bytes_per_ns * here / reading_bytes_per_ns(machine))
     if case.programmatic and tokens <= 64:
         ready_ns = calibrated("launch", "gap_last_end_to_first_ready", programmatic=True)
         machine = replace(machine, launch_ps=round(ready_ns * 1000))
@@ -116,8 +120,7 @@ def machine_for(case: Case, tokens: int) -> Machine:
         signal = {"signal": "st.relaxed"}
     idle_ns = calibrated("signal", "one_way", streams="idle", **signal)
     loaded_ns = calibrated("signal", "one_way", streams="all SMs stream", slots=3, **signal)
-    rate = float(resolve(machine, 1, machine.num_cus).rates[0, -1])
-    load = rate * machine.num_cus / machine.hbm_bytes_per_ns * 1000.0
+    load = reading_bytes_per_ns(machine) / machine.hbm_bytes_per_ns
     return replace(
         machine,
         signal_ps=round(idle_ns * 1000),

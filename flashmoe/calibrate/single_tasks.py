@@ -44,7 +44,8 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     tokens = np.array([layer.trace.header["num_tokens"][0] for layer in layers], np.float64)
     if len(set(tokens.tolist())) < 2:
         raise ValueError(f"launches of {sorted(set(tokens.tolist()))} tokens (must be two numbers at least)")
-    parameters = _feed(layers, bare)
+    steps = {kind: [step for layer in layers if (step := _start_to_start(layer, kind)) is not None] for kind in _FED}
+    parameters = _feed([step for of_kind in steps.values() for step in of_kind], bare)
     fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
     pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
     for kind in _TIMED:
@@ -55,8 +56,8 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
         if missing_ns:
             # Tasks are finished one after the other, beside the next: each waits for those before, and what it takes
             # itself is no more than the least time from one start to the next.
-            steps_ns = [step[1] for layer in layers if kind in _FED and (step := _start_to_start(layer, kind))]
-            parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker", min(steps_ns, default=None))
+            least_ns = min((step_ns for _, step_ns in steps.get(kind, [])), default=None)
+            parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker", least_ns)
     # where all are in chains: the same warps end both
     parameters.setdefault("down_overhead_ps", parameters["up_overhead_ps"])
     starts_ns = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
@@ -70,19 +71,19 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     return parameters
 
 
-def _feed(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
+def _feed(steps: Sequence[tuple[float, float]], bare: Machine) -> dict[str, Parameter]:
     """What a task costs where its weights do not hold it up: a fixed part and a time for each byte.
 
-    Least squares of the relative error of the time from start to start, over kinds and sizes of tasks.
+    Least squares of the relative error of the time from start to start. steps: of each kind and size, see
+    `_start_to_start`.
     """
-    times = [point for layer in layers for kind in _FED if (point := _start_to_start(layer, kind)) is not None]
-    num_bytes, step_ns = np.array(times).T
+    num_bytes, step_ns = np.array(steps).T
     weights = 1 / step_ns
     slope, fixed = np.polyfit(num_bytes, step_ns, 1, w=weights)
     if slope * num_bytes.max() + fixed <= 1.05 * num_bytes.max() / bare.cu_bytes_per_ns:
         slope = fixed = 0.0  # a CU's stream is slower: nothing was seen of the kernel
     spread = float(np.std(weights * (slope * num_bytes + fixed) - 1))
-    told = f"start to start of up and down tasks of one worker, {len(times)} kinds and sizes: {spread:.0%} rms"
+    told = f"start to start of up and down tasks of one worker, {len(steps)} kinds and sizes: {spread:.0%} rms"
     rate = 0.0 if slope <= 0 else 1 / float(slope)
     return {
         "feed_bytes_per_ns": Parameter(round(rate, 1), spread * rate, "fitted", told),

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kReaders + 32, 1)
   if (threadIdx.x == kStreamThread) stream_beside(background, block, true);
   if (threadIdx.x >= kReaders) return;
   const unsigned char* region = reads.data + blockIdx.x * reads.block_bytes;
-  const u64 policy = sm90::keep_policy();
+  const u64 policy = keep_policy();
   const u32 copy = sm90::shared_address(block.ring) + kReadSlot * kSlotBytes;
   const u32 barrier = block.barriers + 8 * kReadBarrier;
   wait_until_ns(block.start_ns + background.warm_ns);

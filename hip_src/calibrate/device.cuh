@@ -62,6 +62,13 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   wait_until([&] { return sm90::phase_is_over(barrier, parity); }, "a bulk copy");
 }
 
+//! For data that is read again; the kernels stream what is read once.
+__device__ __forceinline__ u64 keep_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 //! Starts a copy of `bytes` (a multiple of 16) into shared memory; `barrier` must expect them.
 __device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier,
                                           u64 policy) {

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(32, 1)
                    Start* start, u32* cycles, u32 size, u64* elapsed) {
   const Block block = open_block(start);
   if (threadIdx.x != 0) return;
-  const u64 policy = in_cache ? sm90::keep_policy() : sm90::evict_first_policy();
+  const u64 policy = in_cache ? keep_policy() : sm90::evict_first_policy();
   const u32 ring = sm90::shared_address(block.ring);
   u64 state = seed;
   const u64 first_ns = now_ns(), first_cycle = now_cycles();

@@ -137,7 +137,7 @@ struct Group {
     sm90::barriers_initialised();
   }
   __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
-  //! As the four words that they are: a compiler may copy bytes.
+  //! In whole words: a compiler may copy bytes.
   __device__ __forceinline__ void put(const Item& item, u32 slot) const {
     auto* to = in_shared<uint4>(at.items + slot * sizeof_item);
     to[0] = make_uint4(item.kind | item.chain << 8 | item.row_tiles << 16 | u32{item.present} << 24,

@@ -45,12 +45,6 @@ __device__ __forceinline__ u64 evict_first_policy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-//! What is read again.
-__device__ __forceinline__ u64 keep_policy() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 __device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier,
                                           u64 policy) {
   asm volatile(
