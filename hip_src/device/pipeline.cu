@@ -27,6 +27,7 @@ constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
 
 struct Layer : FlashmoeLayer {
   Layout layout;
+  sm90::TileMap up_tiles, down_tiles;
   DeviceMemory workspace, report, records, summaries;
 
   int create(const FlashmoeDevice& device) override {
@@ -40,6 +41,12 @@ struct Layer : FlashmoeLayer {
         records.allocate(u64{num_workers} * config.trace_capacity * sizeof(TraceRecord), "trace") ||
         summaries.allocate(num_workers * sizeof(TraceSummary), "trace"))
       return 1;
+    const Split up(tiling.up_rows / 8), down(tiling.down_rows / 16);
+    for (const char* error : {sm90::describe(up_tiles, weights.gate_up_device, num_experts * (d_ff / 8),
+                                             d_model / chunk_k, up.tiles(), up.tile_chunks()),
+                              sm90::describe(down_tiles, weights.down_device, num_experts * (d_model / 16),
+                                             d_ff / chunk_k, down.tiles(), down.tile_chunks())})
+      if (error != nullptr) return fail("%s", error);
     for (const Instances& instances : {words(), rows(), tiles()}) {
       for (u32 i = 0; i < instances.size; ++i) {
         for (Kernel kernel : {instances.first[i].kernel, instances.first[i].traced}) {
@@ -62,6 +69,8 @@ struct Layer : FlashmoeLayer {
     if (num_tokens == 0) return 0;
     const Instance& chosen = instance_for(tiling, num_tokens);
     Params p{};
+    p.up_tiles = up_tiles;
+    p.down_tiles = down_tiles;
     p.cut = LogTiling::of(tiling);
     p.queue = static_cast<QueueKind>(config.queue);
     p.order = static_cast<Order>(config.order);

@@ -22,7 +22,8 @@ class Finisher {
       if (work.kind == end_item) break;
       if (work.kind != plan_item) {
         if (work.is(TaskKind::up)) {
-          up(work);
+          if constexpr (mode == Mode::words) up_words(work);
+          if constexpr (mode != Mode::words) up(work);
         } else if (work.is(TaskKind::down)) {
           if constexpr (mode == Mode::words) down_words(work);
           if constexpr (mode == Mode::rows) down_rows(work);
@@ -63,35 +64,31 @@ class Finisher {
   }
   __device__ __forceinline__ const float4* partial_of(u32 tile, u32 j) const {
     return group_.in_shared<float4>(group_.at.partial) +
-           ((partials_.slot * math_warps + tile) * groups + j) * 32 + lane_;
+           (partials_.slot * math_warps + tile) * SharedLayout::partial_pitch(groups) + j * 32;
   }
-  //! Sum of a row tile over the parts of k, in their order: rows lane/4 and lane/4 + 8, columns 2 (lane%4)
-  //! and the next.
-  __device__ __forceinline__ float4 sum_of(const Split& split, u32 tile, u32 j) const {
-    const float4* partial = partial_of(tile, j);
-    float4 sum = partial[0];
+  //! Rows 8 half .. 8 half + 7 of a row tile, one token: summed over the parts of k, in their order.
+  __device__ __forceinline__ void sum_rows(const Split& split, u32 tile, u32 half, u32 column,
+                                           float (&sum)[8]) const {
+    const auto* partial = reinterpret_cast<const float*>(partial_of(tile, column / 8)) + column % 8 / 2 * 4 +
+                          column % 2 + 2 * half;
 #pragma unroll
-    for (u32 part = 1; part < math_warps; ++part) {
-      if (part >= split.parts()) break;
-      const float4 other = partial[(part << split.log_tiles) * groups * 32];
-      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+    for (u32 row = 0; row < 8; ++row) sum[row] = partial[row * 16];
+    for (u32 part = 1; part < split.parts(); ++part) {
+      partial += SharedLayout::partial_pitch(groups) * 4 << split.log_tiles;
+#pragma unroll
+      for (u32 row = 0; row < 8; ++row) sum[row] += partial[row * 16];
     }
-    return sum;
   }
-  //! Every other one of the block's sums: 16 rows, 8 tokens.
+  //! Every other vector of 8 rows of the block's tokens. Neighbouring lanes have the same token's, so that
+  //! they store whole lines: pieces of lines cost the memory many times their bytes.
   template <class Visit>
-  __device__ __forceinline__ void for_each_sum(const Work& work, u32 count, Visit visit) const {
-    const Split split = work.template split<mode>(graph_.tiling);
-    const u32 used = ceil_div(count, 8);
-    u32 tile = 0, j = warp_;
-    for (;; j += finish_warps) {
-      while (j >= used) {
-        j -= used;
-        ++tile;
-      }
-      if (tile >= work.row_tiles) return;
-      visit(tile, j, sum_of(split, tile, j));
-    }
+  __device__ __forceinline__ void for_each_vector(u32 count, u32 vectors, Visit visit) const {
+    for (u32 i = warp_ * 32 + lane_; i < count * vectors; i += finish_threads)
+      visit(i / vectors, i % vectors);
+  }
+  __device__ __forceinline__ static uint4 as_bf16(const float (&values)[8]) {
+    return make_uint4(sm90::as_bf16_pair(values[0], values[1]), sm90::as_bf16_pair(values[2], values[3]),
+                      sm90::as_bf16_pair(values[4], values[5]), sm90::as_bf16_pair(values[6], values[7]));
   }
   __device__ __forceinline__ static float swiglu(float gate, float up) {
     return gate / (1.0f + __expf(-gate)) * up;
@@ -99,34 +96,58 @@ class Finisher {
 
   __device__ __forceinline__ void up(const Work& work) {
     const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
+    const Split split = work.template split<mode>(graph_.tiling);
+    next_partial();
+    for_each_vector(work.num_tokens, work.row_tiles, [&](u32 column, u32 tile) {
+      float gate[8], up[8];
+      sum_rows(split, tile, 0, column, gate);
+      sum_rows(split, tile, 1, column, up);
+#pragma unroll
+      for (u32 i = 0; i < 8; ++i) gate[i] = swiglu(gate[i], up[i]);
+      const u32 row = work.tile * graph_.tiling.up_rows + tile * 8;
+      auto* hidden = group_.in_workspace<uint4>(group_.params.layout.hidden);
+      hidden[(u64{pairs[column]} * d_ff + row) / 8] = as_bf16(gate);
+    });
+    free_partial();
+  }
+
+  //! Where there is one row tile and a block has at most 8 tokens: rows lane/4 and lane/4 + 8, columns
+  //! 2 (lane%4) and the next, summed over all warps.
+  __device__ __forceinline__ float4 sum_of_tile() const {
+    const float4* partial = partial_of(0, 0) + lane_;
+    float4 sum = partial[0];
+#pragma unroll
+    for (u32 part = 1; part < math_warps; ++part) {
+      const float4 other = partial[part * SharedLayout::partial_pitch(groups)];
+      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void up_words(const Work& work) {
+    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
     const float* weights = group_.in_shared<float>(group_.at.weights);
     next_partial();
-    for_each_sum(work, work.num_tokens, [&](u32 tile, u32 j, const float4& sum) {
-      const u32 row = work.tile * graph_.tiling.up_rows + tile * 8 + lane_ / 4;
-      const u32 column = j * 8 + lane_ % 4 * 2;
+    if (warp_ == 0) {
+      const float4 sum = sum_of_tile();
+      const u32 row = work.tile * words_up_rows + lane_ / 4, column = lane_ % 4 * 2;
       const bool has0 = column < work.num_tokens, has1 = column + 1 < work.num_tokens;
       const u32 pair0 = has0 ? pairs[column] : 0, pair1 = has1 ? pairs[column + 1] : 0;
       float h0 = swiglu(sum.x, sum.z), h1 = swiglu(sum.y, sum.w);
-      if constexpr (mode == Mode::words) {
-        if (has0) h0 *= weights[pair0];
-        if (has1) h1 *= weights[pair1];
-      }
+      if (has0) h0 *= weights[pair0];
+      if (has1) h1 *= weights[pair1];
       const float below0 = __shfl_down_sync(~0u, h0, 4), below1 = __shfl_down_sync(~0u, h1, 4);
-      if (lane_ / 4 % 2 != 0) return;
-      const u32 two0 = sm90::as_bf16_pair(h0, below0), two1 = sm90::as_bf16_pair(h1, below1);
-      const u64 at0 = (u64{pair0} * d_ff + row) / 2, at1 = (u64{pair1} * d_ff + row) / 2;
-      if constexpr (mode == Mode::words) {
-        u64* hidden = group_.in_workspace<u64>(group_.params.layout.hidden);
-        const u64 tag = u64{group_.epoch} << 32;
-        // relaxed: the word is the data, and the epoch in it says that it is there
-        if (has0) store_relaxed<Scope::device>(hidden + at0, tag | two0);
-        if (has1) store_relaxed<Scope::device>(hidden + at1, tag | two1);
-      } else {
-        u32* hidden = group_.in_workspace<u32>(group_.params.layout.hidden);
-        if (has0) hidden[at0] = two0;
-        if (has1) hidden[at1] = two1;
-      }
-    });
+      u64* hidden = group_.in_workspace<u64>(group_.params.layout.hidden);
+      const u64 tag = u64{group_.epoch} << 32;
+      // relaxed: the word is the data, and the epoch in it says that it is there
+      const bool is_mine = lane_ / 4 % 2 == 0;
+      if (is_mine && has0)
+        store_relaxed<Scope::device>(hidden + (u64{pair0} * d_ff + row) / 2,
+                                     tag | sm90::as_bf16_pair(h0, below0));
+      if (is_mine && has1)
+        store_relaxed<Scope::device>(hidden + (u64{pair1} * d_ff + row) / 2,
+                                     tag | sm90::as_bf16_pair(h1, below1));
+    }
     free_partial();
   }
 
@@ -134,12 +155,12 @@ class Finisher {
   __device__ __forceinline__ void down_words(const Work& work) {
     if (!(work.chain & ends_chain)) return;
     next_partial();
-    for_each_sum(work, 1, [&](u32 tile, u32, const float4& sum) {
-      const u32 row = work.tile * graph_.tiling.down_rows + tile * 16 + lane_ / 4;
-      const u32 token = lane_ % 4 * 2;
+    if (warp_ == 0) {
+      const float4 sum = sum_of_tile();
+      const u32 row = work.tile * words_down_rows + lane_ / 4, token = lane_ % 4 * 2;
       store(work, token, row, sum.x), store(work, token + 1, row, sum.y);
       store(work, token, row + 8, sum.z), store(work, token + 1, row + 8, sum.w);
-    });
+    }
     free_partial();
     end_chain(work);
   }
@@ -163,10 +184,10 @@ class Finisher {
       for (u32 half = warp_; half < 2 * work.row_tiles; half += finish_warps) {
         const u32 row = half * 8 + lane_ / 4;
         for (u32 j = 0; j < ceil_div(count, 8); ++j) {
-          const auto* partial = reinterpret_cast<const float2*>(partial_of(half / 2, j)) + half % 2;
+          const auto* partial = reinterpret_cast<const float2*>(partial_of(half / 2, j) + lane_) + half % 2;
           float2 sum = partial[0];
           for (u32 part = 1; part < split.parts(); ++part) {
-            const float2 other = partial[(part << split.log_tiles) * groups * 64];
+            const float2 other = partial[(part << split.log_tiles) * SharedLayout::partial_pitch(groups) * 2];
             sum.x += other.x, sum.y += other.y;
           }
           const u32 column = j * 8 + lane_ % 4 * 2;
@@ -191,24 +212,14 @@ class Finisher {
   //! Unweighted results, for combine.
   __device__ __forceinline__ void down_tile(const Work& work) {
     const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
-    auto* results = group_.in_workspace<u32>(group_.params.layout.results);
+    const Split split = work.template split<mode>(graph_.tiling);
+    auto* results = group_.in_workspace<uint4>(group_.params.layout.results);
     next_partial();
-    for_each_sum(work, work.num_tokens, [&](u32 tile, u32 j, const float4& sum) {
-      const u32 row = work.tile * graph_.tiling.down_rows + tile * 16 + lane_ / 4;
-      const u32 column = j * 8 + lane_ % 4 * 2;
-      const float4 below{__shfl_down_sync(~0u, sum.x, 4), __shfl_down_sync(~0u, sum.y, 4),
-                         __shfl_down_sync(~0u, sum.z, 4), __shfl_down_sync(~0u, sum.w, 4)};
-      if (lane_ / 4 % 2 != 0) return;
-      if (column < work.num_tokens) {
-        const u64 at = (u64{pairs[column]} * d_model + row) / 2;
-        results[at] = sm90::as_bf16_pair(sum.x, below.x);
-        results[at + 4] = sm90::as_bf16_pair(sum.z, below.z);
-      }
-      if (column + 1 < work.num_tokens) {
-        const u64 at = (u64{pairs[column + 1]} * d_model + row) / 2;
-        results[at] = sm90::as_bf16_pair(sum.y, below.y);
-        results[at + 4] = sm90::as_bf16_pair(sum.w, below.w);
-      }
+    for_each_vector(work.num_tokens, work.row_tiles * 2, [&](u32 column, u32 vector) {
+      float sum[8];
+      sum_rows(split, vector / 2, vector % 2, column, sum);
+      const u32 row = work.tile * graph_.tiling.down_rows + vector * 8;
+      results[(u64{pairs[column]} * d_model + row) / 8] = as_bf16(sum);
     });
     free_partial();
   }

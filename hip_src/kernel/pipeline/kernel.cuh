@@ -55,6 +55,8 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
       for (u32 i = group.worker * 32 + threadIdx.x % 32; i < lines; i += params.num_workers * 32)
         sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
     }
+    sm90::prefetch(params.up_tiles);
+    sm90::prefetch(params.down_tiles);
     group.begin<traced>();
     Streamer<mode>(group, graph.tiling).run();
   } else if (warp < R::signal) {

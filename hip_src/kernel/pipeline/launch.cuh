@@ -5,6 +5,7 @@
 #include "flashmoe/layout.hpp"
 #include "flashmoe/policy.hpp"
 #include "flashmoe/trace.hpp"
+#include "sm90.cuh"
 
 namespace flashmoe::pipeline {
 
@@ -146,7 +147,7 @@ struct Layout {
 //! What lies where in shared memory, from its start.
 struct SharedLayout {
   u32 ring, slot_bytes, partial, sums, weights, entries, plan, items, barriers, scratch;
-  u32 topk, mask, before, key;  // while the plan is made; in the ring, which is empty then
+  u32 topk, mask, before, key;  // while the plan is made; but for words in the ring, which is empty then
   u32 bytes;
 
   //! `groups`: most groups of 8 tokens in a block.
@@ -168,8 +169,10 @@ struct SharedLayout {
     l.mask = take(num_experts * mask_words(num_tokens) * 4);
     l.before = take(num_experts * mask_words(num_tokens) * 2);
     l.key = take(num_experts * 4);
-    size = size < ring_slots * l.slot_bytes ? ring_slots * l.slot_bytes : size;
-    l.partial = take(num_partials(groups) * math_warps * groups * 512);
+    const u32 ring_bytes = ring_slots * l.slot_bytes;
+    l.ring = mode == Mode::words ? take(ring_bytes) : 0;
+    size = size < ring_bytes ? ring_bytes : size;
+    l.partial = take(num_partials(groups) * math_warps * partial_pitch(groups) * 16);
     l.sums = take(mode == Mode::rows ? num_tokens * t.down_rows * 4 : 0);
     l.weights = take(mode == Mode::tiles ? 0 : pairs * 4);
     l.entries = take(pairs * 2);
@@ -180,11 +183,15 @@ struct SharedLayout {
     l.bytes = size;
     return l;
   }
+  //! Of a math warp's partial sums, in vectors of 4. One more than they need: rows of the same number in
+  //! different row tiles lie in different banks.
+  FLASHMOE_FN static constexpr u32 partial_pitch(u32 groups) { return groups * 32 + 1; }
   FLASHMOE_FN static constexpr u32 num_partials(u32 groups) { return groups > 4 ? 1 : 2; }
   FLASHMOE_FN static u32 mask_words(u32 num_tokens) { return ceil_div(num_tokens + 1, 32); }
 };
 
 struct Params {
+  sm90::TileMap up_tiles, down_tiles;  // of gate_up and down: a slot's worth of a task's row tiles
   LogTiling cut;
   QueueKind queue;
   Order order;

@@ -17,38 +17,49 @@ class Mathematician {
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     planner_.clear();
-    clear_sums();
     group_.template begin<traced>();
     // by the thread that says when tasks begin
     if (traced && threadIdx.x == 0) group_.params.summaries[group_.worker].begin_ns = group_.begin_ns;
-    const bool has_begun = begin_early();
-    for (;;) {
-      if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
-      const Work work = group_.work(items_.slot);
-      Item& item = group_.item(items_.slot);
-      if (work.kind == end_item) return;
-      if (work.kind == plan_item) {
-        make_plan();
-      } else {
-        if (num_tasks_ == 0 && has_begun) {
-          record(item);
-        } else {
-          stamp_turn(item);
-          run_task(work, item);
-        }
-        ++num_tasks_;
-      }
-      __syncwarp();
-      sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
-      items_.advance(num_items);
-    }
+    if (make_plan()) do_tasks();
   }
 
  private:
-  //! A gate task that is given with the launch begins before anybody has picked it.
-  __device__ __forceinline__ bool begin_early() {
+  //! What comes before the plan, and the plan. False: there is nothing more to do.
+  __device__ __forceinline__ bool make_plan() {
+    const bool is_given = begin_given();
+    Work work;
+    for (;; ++num_tasks_) {
+      if (!next_item(work)) return false;
+      if (work.kind == plan_item) break;
+      Item& item = group_.item(items_.slot);
+      if (num_tasks_ > 0 || !is_given) {
+        stamp_turn(item);
+        if (work.is(TaskKind::gate)) {
+          planner_.gate<mode>(
+              Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.num_tokens, none});
+        } else {
+          route(work, item);
+        }
+      }
+      record(item);
+      end_item_here();
+    }
+    planner_.build<mode>(graph_.plan, group_.params.order);
+    if (warp_ == 0) {
+      __syncwarp();
+      sm90::arrive_if(group_.planned(), lane_ == 0);
+    }
+    group_.wait(group_.planned(), 0);
+    if (graph_.plan.num_active() == 0 && !graph_.tiling.has_combine(graph_.shape)) write_zeros();
+    end_item_here();
+    return true;
+  }
+
+  //! A gate task that is given with the launch begins before anybody has picked it. Code of its own: the
+  //! first instructions of a launch come from afar, and the sooner the fewer there are.
+  __device__ __forceinline__ bool begin_given() {
     const Params& params = group_.params;
     const bool is_given = params.queue == QueueKind::ticket || params.queue == QueueKind::stride;
     if (!graph_.gate_inside || !is_given || group_.worker >= graph_.num_gate()) return false;
@@ -59,32 +70,35 @@ class Mathematician {
     return true;
   }
 
-  __device__ __forceinline__ void run_task(const Work& work, Item& item) {
-    if (work.is(TaskKind::up)) {
-      if (mode != Mode::words) clear_sums();
-      multiply<d_model>(work, work.num_tokens);
-      return put_partial(ceil_div(work.num_tokens, 8));
+  __device__ __forceinline__ void do_tasks() {
+    clear_sums();
+    for (Work work; next_item(work); ++num_tasks_) {
+      Item& item = group_.item(items_.slot);
+      stamp_turn(item);
+      if (work.is(TaskKind::up)) {
+        if (mode != Mode::words) clear_sums();
+        multiply<d_model>(work, work.num_tokens);
+        put_partial(ceil_div(work.num_tokens, 8));
+      } else if (work.is(TaskKind::down)) {
+        down(work, item);
+      } else {
+        combine(work, item);
+        record(item);
+      }
+      end_item_here();
     }
-    if (work.is(TaskKind::down)) return down(work, item);
-    if (work.is(TaskKind::gate)) {
-      planner_.gate<mode>(
-          Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.num_tokens, none});
-    } else if (work.is(TaskKind::route)) {
-      route(work, item);
-    } else {
-      combine(work, item);
-    }
-    record(item);
   }
 
-  __device__ void make_plan() {
-    planner_.build<mode>(graph_.plan, group_.params.order);
-    if (warp_ == 0) {
-      __syncwarp();
-      sm90::arrive_if(group_.planned(), lane_ == 0);
-    }
-    group_.wait(group_.planned(), 0);
-    if (graph_.plan.num_active() == 0 && !graph_.tiling.has_combine(graph_.shape)) write_zeros();
+  //! False: there is none.
+  __device__ __forceinline__ bool next_item(Work& work) const {
+    if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return false;
+    work = group_.work(items_.slot);
+    return work.kind != end_item;
+  }
+  __device__ __forceinline__ void end_item_here() {
+    __syncwarp();
+    sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
+    items_.advance(num_items);
   }
   //! Every slot of every token was dropped: nobody owns the output.
   __device__ void write_zeros() const {
@@ -94,7 +108,7 @@ class Mathematician {
   }
 
   //! Keeps what was chosen for whoever asks afterwards; where tokens are many, tells the other work-groups.
-  __device__ void route(const Work& work, Item& item) {
+  __device__ __forceinline__ void route(const Work& work, Item& item) {
     const Params& params = group_.params;
     auto* kept_idx = group_.in_workspace<std::int32_t>(params.layout.topk_idx);
     auto* kept_weights = group_.in_workspace<float>(params.layout.topk_weights);
@@ -229,8 +243,8 @@ class Mathematician {
     group_.wait(group_.partial_free(partials_.slot), partials_.parity);
     __syncwarp();
     if constexpr (mode == Mode::words) add_chains(chains_);
-    auto* partial =
-        group_.in_shared<float4>(group_.at.partial) + (partials_.slot * math_warps + warp_) * groups * 32;
+    auto* partial = group_.in_shared<float4>(group_.at.partial) +
+                    (partials_.slot * math_warps + warp_) * SharedLayout::partial_pitch(groups);
 #pragma unroll
     for (u32 j = 0; j < groups; ++j)
       if (j < used) partial[j * 32 + lane_] = make_float4(sums_[j][0], sums_[j][1], sums_[j][2], sums_[j][3]);
@@ -282,6 +296,10 @@ class Mathematician {
     const u32 slots = graph_.tiling.result_slots(graph_.shape);  // at most 32
     const auto* results = group_.in_workspace<uint4>(params.layout.results);
     constexpr u32 row_vectors = d_model / 8, batch = 8;
+    // Nobody reads results and hidden rows again, and what is written back to the memory holds up the weights
+    // by many times its bytes. Where it is little, to discard it takes longer: the end of the layer waits for
+    // that.
+    const bool discards = params.num_tokens > 32;
     for (u32 token = work.first; token < work.first + work.num_tokens; ++token) {
       // every warp for itself, a lane for each slot
       const Result result = lane_ < slots ? result_of(token, lane_) : Result{0, 0, 0};
@@ -325,6 +343,20 @@ class Mathematician {
           static_cast<uint4*>(params.out)[u64{token} * row_vectors + i] =
               make_uint4(sm90::as_bf16_pair(sum[0], sum[1]), sm90::as_bf16_pair(sum[2], sum[3]),
                          sm90::as_bf16_pair(sum[4], sum[5]), sm90::as_bf16_pair(sum[6], sum[7]));
+        // Other lanes have read theirs of these lines.
+        __syncwarp();
+        for (u32 line = lane_; discards && line < 4 * slots; line += 32) {
+          const u32 slot = line / 4, first = base + line % 4 * 8;
+          if ((present >> slot & 1) != 0 && first < row_vectors)
+            sm90::discard(results + (u64{token} * slots + slot) * row_vectors + first);
+        }
+      }
+      if (mode == Mode::tiles && discards) {
+        // Whoever told of a result had read the hidden row that it is made of.
+        constexpr u32 row_lines = d_ff * 2 / line_bytes;
+        const auto* hidden = group_.in_workspace<char>(params.layout.hidden) + u64{token} * slots * d_ff * 2;
+        for (u32 line = threadIdx.x; line < slots * row_lines; line += math_threads)
+          if ((present >> line / row_lines & 1) != 0) sm90::discard(hidden + line * line_bytes);
       }
     }
   }

@@ -75,6 +75,8 @@ class Picker {
         begin();
         source.bind(heads());
         if (fault_before_ != 0) *group_.stop_flag() = 1;
+        if (asks_ahead) answer = source.ask();
+        has_ticket = asks_ahead;
         if (!wait_for_plan()) return;
         decode.count();
         is_planned = true;
@@ -84,7 +86,7 @@ class Picker {
       if (in_hand == none) break;
       has_pick = false;
       // but not past a chain: another worker may have none
-      if (asks_ahead && is_planned && decode.is_up(in_hand)) {
+      if (asks_ahead && is_planned && !has_ticket && decode.is_up(in_hand)) {
         answer = source.ask();
         has_ticket = true;
       }

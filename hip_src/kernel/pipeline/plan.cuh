@@ -31,8 +31,9 @@ struct Planner {
   __device__ __forceinline__ u32 mask_words() const { return SharedLayout::mask_words(num_tokens()); }
   __device__ __forceinline__ static void meet() { sm90::named_barrier<math_barrier, math_threads>(); }
   //! As meet(), after stores to where the ring will be: the copy engine writes there next.
+  template <Mode mode>
   __device__ __forceinline__ static void hand_over() {
-    sm90::fence_before_copies();
+    if constexpr (mode != Mode::words) sm90::fence_before_copies();
     meet();
   }
 
@@ -44,15 +45,18 @@ struct Planner {
 
   //! Router logits of a block of tokens for a tile of experts, published as words that carry the epoch.
   template <Mode mode>
-  __device__ void gate(const Task& task) const {
-    const u32 first_expert = task.tile * tiling.gate_experts;
-    const u32 rest = num_experts - first_expert,
-              experts = rest < tiling.gate_experts ? rest : tiling.gate_experts;
-    if (experts != 16 || mode == Mode::words) return gate_by_dots<mode>(task, first_expert, experts);
-    u32 first = 0;
-    for (; first + 8 < task.num_tokens; first += 16)
-      gate_by_mma<2>(task.first + first, task.num_tokens - first, first_expert);
-    if (first < task.num_tokens) gate_by_mma<1>(task.first + first, task.num_tokens - first, first_expert);
+  __device__ __forceinline__ void gate(const Task& task) const {
+    const u32 begin = task.tile * tiling.gate_experts;
+    const u32 end = begin + tiling.gate_experts < num_experts ? begin + tiling.gate_experts : num_experts;
+    for (u32 first = 0; first < task.num_tokens; first += 8) {
+      const u32 token = task.first + first, count = task.num_tokens - first < 8 ? task.num_tokens - first : 8;
+      if constexpr (mode == Mode::words) {
+        for (u32 expert = begin; expert < end; ++expert) gate_by_dots(token, count, expert);
+      } else {
+        for (u32 expert = begin; expert < end; expert += 16)
+          gate_by_mma(token, count, expert, end - expert < 16 ? end - expert : 16);
+      }
+    }
   }
 
   __device__ __forceinline__ void publish_logit(u32 token, u32 expert, float logit, u32 replica) const {
@@ -64,81 +68,84 @@ struct Planner {
                                  u64{group.epoch} << 32 | __float_as_uint(rounded));
   }
 
-  template <Mode mode>
-  __device__ void gate_by_dots(const Task& task, u32 first_expert, u32 experts) const {
-    const auto* x = static_cast<const uint4*>(group.params.x);
-    const auto* rows = static_cast<const uint4*>(group.params.gate);
-    constexpr u32 row_vectors = d_model / 8;
-    float* sums = group.in_shared<float>(group.at.scratch) + 16;
-    for (u32 base = 0; base < task.num_tokens; base += math_warps) {
-      const u32 here = task.num_tokens - base < math_warps ? task.num_tokens - base : math_warps;
-      u32 padded = 1;
-      while (padded < here) padded *= 2;
-      const u32 parts = math_warps / padded;  // warps that share a token
-      const u32 token = task.first + base + warp / parts, part = warp % parts;
-      for (u32 expert = first_expert; expert < first_expert + experts; ++expert) {
-        float sum = 0;
-        if (warp / parts < here) {
-#pragma unroll 8
-          for (u32 v = part * 32 + lane; v < row_vectors; v += parts * 32) {
-            const uint4 a = __ldg(x + u64{token} * row_vectors + v),
-                        b = __ldg(rows + u64{expert} * row_vectors + v);
-            const u32 as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+  //! One expert x up to 8 tokens, a thread 8 of K at a time; for whoever wants them, in as many replicas.
+  __device__ __forceinline__ void gate_by_dots(u32 first_token, u32 count, u32 expert) const {
+    const auto* row = static_cast<const uint4*>(group.params.gate) + u64{expert} * (d_model / 8);
+    const auto* x = static_cast<const uint4*>(group.params.x) + u64{first_token} * (d_model / 8);
+    float sum[8] = {};
+    for (u32 v = thread; v < d_model / 8; v += math_threads) {
+      const uint4 weights = __ldg(row + v);
+      uint4 tokens[8];
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-              const float2 p = sm90::as_floats(as[i]), q = sm90::as_floats(bs[i]);
-              sum += p.x * q.x + p.y * q.y;
-            }
-          }
-        }
+      for (u32 t = 0; t < 8; ++t) {
+        if (t == count) break;
+        tokens[t] = __ldg(x + t * (d_model / 8) + v);
+      }
 #pragma unroll
-        for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(~0u, sum, width);
-        if (lane == 0) sums[warp] = sum;
-        meet();
-        constexpr u32 replicas = mode == Mode::words ? logit_replicas : 1;
-        if (thread < here * replicas) {
-          const u32 which = thread / replicas;
-          float total = 0;
-          for (u32 i = 0; i < parts; ++i) total += sums[which * parts + i];
-          publish_logit(task.first + base + which, expert, total, thread % replicas);
-        }
-        meet();
+      for (u32 t = 0; t < 8; ++t) {
+        if (t == count) break;
+        sum[t] += dot(weights.x, tokens[t].x) + dot(weights.y, tokens[t].y) + dot(weights.z, tokens[t].z) +
+                  dot(weights.w, tokens[t].w);
       }
     }
+    // Half of the sums go to the lanes of the other half, each time: in the end four lanes have one token's.
+#pragma unroll
+    for (u32 step = 0; step < 3; ++step) {
+      const u32 width = 16 >> step;
+      const bool is_upper = (lane & width) != 0;
+#pragma unroll
+      for (u32 t = 0; t < 4u >> step; ++t) {
+        const float mine = is_upper ? sum[t + (4 >> step)] : sum[t],
+                    other = is_upper ? sum[t] : sum[t + (4 >> step)];
+        sum[t] = mine + __shfl_xor_sync(~0u, other, width);
+      }
+    }
+    sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
+    sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
+    float* sums = group.in_shared<float>(group.at.partial);  // no task is under way before the plan is there
+    if (lane % 4 == 0) sums[lane / 4 * math_warps + warp] = sum[0];
+    meet();
+    if (thread < count * logit_replicas) {
+      const auto* parts = group.in_shared<float4>(group.at.partial) + thread / logit_replicas * 2;
+      const float4 a = parts[0], b = parts[1];
+      publish_logit(first_token + thread / logit_replicas, expert,
+                    ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w)), thread % logit_replicas);
+    }
+    meet();
+  }
+  __device__ __forceinline__ static float dot(u32 a, u32 b) {
+    const float2 p = sm90::as_floats(a), q = sm90::as_floats(b);
+    return p.x * q.x + p.y * q.y;
   }
 
-  //! 16 experts x some groups of 8 tokens, K shared out over the warps.
-  template <u32 gate_groups>  // up to 2: there is room for so many partial sums in every mode
-  __device__ void gate_by_mma(u32 first_token, u32 count, u32 first_expert) const {
+  //! Up to 16 experts x up to 8 tokens, K shared out over the warps.
+  __device__ __forceinline__ void gate_by_mma(u32 first_token, u32 count, u32 first_expert,
+                                              u32 experts) const {
     const u32 row = lane / 4, quarter = lane % 4;
-    const auto* rows =
-        static_cast<const uint4*>(group.params.gate) + u64{first_expert + row} * (d_model / 8) + quarter;
-    const uint4* x[gate_groups];
-#pragma unroll
-    for (u32 j = 0; j < gate_groups; ++j) {
-      const u32 token = first_token + (j * 8 + row < count ? j * 8 + row : 0);
-      x[j] = static_cast<const uint4*>(group.params.x) + u64{token} * (d_model / 8) + quarter;
-    }
-    float d[gate_groups][4] = {};
-#pragma unroll(8 / gate_groups)
+    // Rows and columns that there are not have another's values: nobody asks for their products.
+    auto row_of = [&](const void* matrix, u32 first, u32 index, u32 size) {
+      return static_cast<const uint4*>(matrix) + u64{first + (index < size ? index : 0)} * (d_model / 8) +
+             quarter;
+    };
+    const uint4 *low_row = row_of(group.params.gate, first_expert, row, experts),
+                *high_row = row_of(group.params.gate, first_expert, row + 8, experts),
+                *x = row_of(group.params.x, first_token, row, count);
+    float d[2][4] = {};
+#pragma unroll 4
     for (u32 chunk = warp; chunk < d_model / 32; chunk += math_warps) {
-      const uint4 low = __ldg(rows + chunk * 4), high = __ldg(rows + 8 * (d_model / 8) + chunk * 4);
-#pragma unroll
-      for (u32 j = 0; j < gate_groups; ++j) {
-        const uint4 b = __ldg(x[j] + chunk * 4);
-        sm90::mma(d[j], low.x, high.x, low.y, high.y, b.x, b.y);
-        sm90::mma(d[j], low.z, high.z, low.w, high.w, b.z, b.w);
-      }
+      const uint4 low = __ldg(low_row + chunk * 4), high = __ldg(high_row + chunk * 4),
+                  b = __ldg(x + chunk * 4);
+      sm90::mma(d[0], low.x, high.x, low.y, high.y, b.x, b.y);
+      sm90::mma(d[1], low.z, high.z, low.w, high.w, b.z, b.w);
     }
-    // no tile is under way before the plan is there
-    auto* partial = group.in_shared<float4>(group.at.partial);
-#pragma unroll
-    for (u32 j = 0; j < gate_groups; ++j)
-      partial[(j * math_warps + warp) * 32 + lane] = make_float4(d[j][0], d[j][1], d[j][2], d[j][3]);
+    auto* partial =
+        group.in_shared<float4>(group.at.partial);  // no task is under way before the plan is there
+    partial[warp * 32 + lane] =
+        make_float4(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3]);
     meet();
-    if (warp < gate_groups) {
-      partial += warp * math_warps * 32;
+    if (warp == 0) {
       float4 sum = partial[lane];
+#pragma unroll
       for (u32 i = 1; i < math_warps; ++i) {
         const float4 other = partial[i * 32 + lane];
         sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
@@ -146,9 +153,9 @@ struct Planner {
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        const u32 column = warp * 8 + 2 * quarter + i % 2;
-        if (column < count)
-          publish_logit(first_token + column, first_expert + row + 8 * (i / 2), values[i], 0);
+        const u32 column = 2 * quarter + i % 2, expert = row + 8 * (i / 2);
+        if (column < count && expert < experts)
+          publish_logit(first_token + column, first_expert + expert, values[i], 0);
       }
     }
     meet();
@@ -316,13 +323,13 @@ struct Planner {
         count[expert] = sum;
       }
     }
-    hand_over();
+    hand_over<mode>();
     if (warp == 0) {
       add_up(plan, words > 1 ? count : mask, words > 1);
       __syncwarp();
       if (mode == Mode::words) make_lists(plan, mask, before, 32);
     } else if (warp == math_warps - 1 && !is_sorted) {
-      prefetch_weights(words > 1 ? count : mask);
+      prefetch_weights<mode>(words > 1 ? count : mask);
     }
     if (mode == Mode::words && !is_sorted) return;
     meet();
@@ -330,29 +337,39 @@ struct Planner {
       make_lists(plan, mask, before, math_threads);
       meet();
     }
-    if (is_sorted) sort_sequence(plan, order);
+    if (is_sorted) sort_sequence<mode>(plan, order);
   }
 
  private:
-  //! Asks for what a ring holds of an up task, while the plan is still being made: all workers together for
-  //! the first tasks, whoever will have them.
+  //! Asks for the weights of the first up tasks, whoever will have them, while the plan is still being made:
+  //! the memory has a start on the work-groups, which are faster.
+  template <Mode mode>
   __device__ __forceinline__ void prefetch_weights(const u32* of_expert) const {
     const u32 tiles = ceil_div(d_ff, tiling.up_rows), row_tiles = tiling.up_rows / 8;
-    u32 left = group.worker / tiles, expert = none;
-    for (u32 base = 0; base < num_experts && expert == none; base += 32) {
+    // where the layer is short, more would only delay what is needed first
+    constexpr u32 work_group_bytes = mode == Mode::words ? up_tile_bytes : 8 * weight_bytes;
+    u32 left = work_group_bytes / row_tiles;  // of each row tile
+    for (u32 task = group.worker; left > 0; task += group.params.num_workers) {
+      const u32 bytes = left < up_tile_bytes ? left : up_tile_bytes;
+      left -= bytes;
+      const u32 row_tile = task % tiles * row_tiles + lane, expert = active_expert(of_expert, task / tiles);
+      if (expert == none || lane >= row_tiles || row_tile >= d_ff / 8) continue;
+      sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
+                              (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
+                          bytes);
+    }
+  }
+  //! The expert that comes after so many others with tokens, or none.
+  __device__ __forceinline__ u32 active_expert(const u32* of_expert, u32 left) const {
+    for (u32 base = 0; base < num_experts; base += 32) {
       const u32 active = __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
       if (left < __popc(active)) {
         const bool is_it = (active >> lane & 1) != 0 && __popc(active & ((1u << lane) - 1)) == left;
-        expert = base + __ffs(static_cast<int>(__ballot_sync(~0u, is_it))) - 1;
+        return base + __ffs(static_cast<int>(__ballot_sync(~0u, is_it))) - 1;
       }
       left -= __popc(active);
     }
-    const u32 row_tile = group.worker % tiles * row_tiles + lane;
-    if (expert == none || lane >= row_tiles || row_tile >= d_ff / 8) return;
-    const u32 bytes = group.params.ring_slots * weight_bytes / row_tiles;
-    sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
-                            (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
-                        bytes < up_tile_bytes ? bytes : up_tile_bytes);
+    return none;
   }
 
   //! Prefix sums over the experts, a few each lane. With one PE all tokens are its own: most orders are that
@@ -420,6 +437,7 @@ struct Planner {
     }
   }
 
+  template <Mode mode>
   __device__ void sort_sequence(Plan& plan, Order order) const {
     const u16* entries = group.in_shared<u16>(group.at.entries);
     const u32 active = plan.num_active();
@@ -429,7 +447,7 @@ struct Planner {
       const u32 first = entries[plan.entry_offset[expert]];
       key[i] = order == Order::lpt ? ~plan.expert_tokens(expert) : (first / top_k) << 10 | first % top_k;
     }
-    hand_over();
+    hand_over<mode>();
     for (u32 i = thread; i < active; i += math_threads) {
       u32 place = 0;
       for (u32 j = 0; j < active; ++j) place += key[j] < key[i] || (key[j] == key[i] && j < i) ? 1 : 0;

@@ -18,14 +18,14 @@ class Streamer {
       if (work.kind == end_item) break;
       if (lane_ == 0) sm90::arrive(group_.item_begun(items_.slot));
       if (work.is(TaskKind::up)) {
-        const u64 first = u64{work.expert} * (d_ff / 8) + work.tile * (tiling_.up_rows / 8);
-        stream<d_model>(work, static_cast<const char*>(params.gate_up) + first * up_tile_bytes);
+        stream<d_model>(work, params.up_tiles, params.gate_up,
+                        work.expert * (d_ff / 8) + work.tile * (tiling_.up_rows / 8));
       } else if (work.is(TaskKind::down)) {
-        const u64 first = u64{work.expert} * (d_model / 16) + work.tile * (tiling_.down_rows / 16);
         // by rows: the weights are read again for each block of the tokens
         const u32 block_tokens = mode == Mode::rows ? tiling_.block_tokens : work.num_tokens;
         for (u32 done = 0; done < work.num_tokens; done += block_tokens)
-          stream<d_ff>(work, static_cast<const char*>(params.down) + first * down_tile_bytes);
+          stream<d_ff>(work, params.down_tiles, params.down,
+                       work.expert * (d_model / 16) + work.tile * (tiling_.down_rows / 16));
       }
       __syncwarp();
       if (lane_ == 0) sm90::arrive(group_.item_free(items_.slot));
@@ -35,23 +35,30 @@ class Streamer {
   }
 
  private:
-  //! Row tiles of 16 rows x k, one after the other in memory; a lane copies its tile's part of a slot.
+  //! The row tiles of a task, the same k of all of them a slot.
   template <u32 k>
-  __device__ __forceinline__ void stream(const Work& work, const char* tiles) {
-    const Split split = work.template split<mode>(tiling_);
-    const u32 slot_tile_bytes = split.tile_chunks() * chunk_bytes;
-    const u32 row_tiles = mode == Mode::words ? 1 : work.row_tiles;
-    const char* from = tiles + lane_ * (16 * k * 2);
-    for (u32 done = 0; done < 16 * k * 2; done += slot_tile_bytes) {
-      const u32 rest = 16 * k * 2 - done, bytes = rest < slot_tile_bytes ? rest : slot_tile_bytes;
+  __device__ __forceinline__ void stream(const Work& work, const sm90::TileMap& tiles, const void* packed,
+                                         u32 first_tile) {
+    [[maybe_unused]] const auto* weights = static_cast<const char*>(packed);
+    const u32 slot_chunks_of_tile = work.template split<mode>(tiling_).tile_chunks();
+    for (u32 chunk = 0; chunk < k / chunk_k; chunk += slot_chunks_of_tile) {
       group_.wait(group_.slot_free(slots_.slot), slots_.parity);
       if (group_.warp_stopped()) return;
-      const u32 full = group_.slot_full(slots_.slot);
-      if (lane_ == 0) sm90::arrive_and_expect(full, row_tiles * bytes);
+      if (lane_ == 0) {
+        const u32 full = group_.slot_full(slots_.slot);
+        if constexpr (mode == Mode::words) {  // a plain copy comes a little sooner
+          const u32 rest = k / chunk_k - chunk,
+                    bytes = (rest < slot_chunks ? rest : slot_chunks) * chunk_bytes;
+          sm90::arrive_and_expect(full, bytes);
+          sm90::bulk_copy(group_.weights_of(slots_.slot),
+                          weights + (u64{first_tile} * (k / chunk_k) + chunk) * chunk_bytes, bytes, full,
+                          policy_);
+        } else {
+          sm90::arrive_and_expect(full, weight_bytes);
+          sm90::copy_tiles(group_.weights_of(slots_.slot), tiles, first_tile, chunk, full, policy_);
+        }
+      }
       __syncwarp();
-      if (lane_ < row_tiles)
-        sm90::bulk_copy(group_.weights_of(slots_.slot) + lane_ * slot_tile_bytes, from + done, bytes, full,
-                        policy_);
       ++num_slots_;
       slots_.advance(group_.params.ring_slots);
     }

@@ -19,11 +19,41 @@ inline void arrive_if(u32 address, bool condition) {
 }
 inline void arrive_and_expect(u32 address, u32 bytes) { fibers::arrive(address, bytes); }
 inline bool phase_is_over(u32 address, u32 parity) { return fibers::phase_is_over(address, parity); }
+inline bool phase_was_over(u32 address, u32 parity) { return fibers::phase_was_over(address, parity); }
 
 // --- copies
 inline u64 evict_first_policy() { return 0; }
 inline void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier, u64) {
   fibers::bulk_copy(to_shared, from, bytes, barrier);
+}
+struct TileMap {
+  const char* weights;
+  u32 num_tiles, num_chunks, copied_tiles, copied_chunks;
+};
+inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tiles, u32 num_chunks,
+                            u32 copied_tiles, u32 copied_chunks) {
+  tile_map = TileMap{static_cast<const char*>(weights), num_tiles, num_chunks, copied_tiles, copied_chunks};
+  return nullptr;
+}
+inline void copy_tiles(u32 to_shared, const TileMap& map, u32 first_tile, u32 first_chunk, u32 barrier, u64) {
+  constexpr u32 chunk_bytes = 1024;
+  static char* zeros = nullptr;
+  if (zeros == nullptr)
+    std::memset(zeros = static_cast<char*>(fibers::allocate(chunk_bytes)), 0, chunk_bytes);
+  for (u32 tile = first_tile; tile < first_tile + map.copied_tiles; ++tile) {
+    for (u32 chunk = first_chunk; chunk < first_chunk + map.copied_chunks;
+         ++chunk, to_shared += chunk_bytes) {
+      const bool is_there = tile < map.num_tiles && chunk < map.num_chunks;
+      const char* from = map.weights + (u64{tile} * map.num_chunks + chunk) * chunk_bytes;
+      fibers::bulk_copy(to_shared, is_there ? from : zeros, chunk_bytes, barrier);
+    }
+  }
+}
+inline void prefetch(const TileMap&) {}
+//! So that whoever reads it after all finds something wrong.
+inline void discard(const void* line) {
+  if (reinterpret_cast<std::uintptr_t>(line) % 128 != 0) fibers::fail("discards what is no line");
+  std::memset(const_cast<void*>(line), 0xcd, 128);
 }
 inline void async_copy(u32 to_shared, const void* from) { fibers::async_copy(to_shared, from, 16); }
 inline void arrive_after_async_copies(u32 barrier) { fibers::arrive_after_async_copies(barrier); }
