@@ -15,8 +15,8 @@ class _Best(NamedTuple):
 
 _TABLE = (
     _Best(8, Tiling(down="rows", gate_tokens=8, gate_experts=1, up_rows=8, down_rows=16, block_tokens=8)),
-    _Best(32, Tiling(gate_tokens=8, gate_experts=16, up_rows=32, down_rows=128, block_tokens=16)),
-    _Best(128, Tiling(gate_tokens=8, gate_experts=16, up_rows=64, down_rows=128, block_tokens=16)),
+    _Best(16, Tiling(gate_tokens=4, gate_experts=8, up_rows=32, down_rows=128, block_tokens=16)),
+    _Best(128, Tiling(gate_tokens=8, gate_experts=16, up_rows=32, down_rows=128, block_tokens=16)),
     _Best(512, Tiling(gate_tokens=16, gate_experts=16, up_rows=64, down_rows=128, block_tokens=64, combine_tokens=2)),
     _Best(1024, Tiling(gate_tokens=32, gate_experts=16, up_rows=64, down_rows=128, block_tokens=64, combine_tokens=4)),
 )

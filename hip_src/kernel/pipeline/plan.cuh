@@ -76,6 +76,7 @@ struct Planner {
     for (u32 v = thread; v < d_model / 8; v += math_threads) {
       const uint4 weights = __ldg(row + v);
       uint4 tokens[8];
+      // `break`, for a branch: as a condition of each instruction, all would be fetched and issued
 #pragma unroll
       for (u32 t = 0; t < 8; ++t) {
         if (t == count) break;
@@ -353,7 +354,8 @@ struct Planner {
       const u32 bytes = left < up_tile_bytes ? left : up_tile_bytes;
       left -= bytes;
       const u32 row_tile = task % tiles * row_tiles + lane, expert = active_expert(of_expert, task / tiles);
-      if (expert == none || lane >= row_tiles || row_tile >= d_ff / 8) continue;
+      if (expert == none) return;
+      if (lane >= row_tiles || row_tile >= d_ff / 8) continue;
       sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
                               (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
                           bytes);

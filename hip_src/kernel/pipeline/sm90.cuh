@@ -54,7 +54,9 @@ __device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 b
       "[%3], %4;" ::"r"(to_shared),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
-}  //! Row tiles of packed weights, as the copy engine must know them to bring parts of several by one
+}
+
+//! Row tiles of packed weights, as the copy engine must know them to bring parts of several by one
 //! instruction: [tiles][chunks][1024 bytes].
 struct TileMap {
   CUtensorMap map;
@@ -64,10 +66,14 @@ inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tile
                             u32 copied_tiles, u32 copied_chunks) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  constexpr unsigned since = 12000;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, since, cudaEnableDefault,
-                                       &found) != cudaSuccess ||
-      found != cudaDriverEntryPointSuccess)
+  const char* name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
     return "the driver has no cuTensorMapEncodeTiled (it is of CUDA 12.0 or later)";
   constexpr u32 chunk_words = 256;
   const cuuint64_t sizes[3] = {chunk_words, num_chunks, num_tiles},
