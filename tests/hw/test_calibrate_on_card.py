@@ -21,7 +21,7 @@ MODEL = fm.MoEModel(d_model=512, d_ff=256, num_experts=32, top_k=4)
 @pytest.mark.parametrize("skew", ["uniform", "hot:8"])
 def test_layers_are_launched_with_the_routing_that_is_wanted(skew):
     launches = [
-        Launch(resolve(policy, tuned(MODEL, tokens).tiling), fm.Routing.parse(skew, MODEL, tokens, 1, 0), workers)
+        Launch(resolve(policy, tuned(tokens).tiling), fm.Routing.parse(skew, MODEL, tokens, 1, 0), workers)
         for policy, tokens, workers in (("ticket", 3, 0), ("static_phase", 40, 0), ("static_phase", 40, 1))
     ]
     layers = measure_layers(MODEL, launches, repeats=3)

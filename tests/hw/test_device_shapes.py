@@ -107,7 +107,7 @@ def test_every_shape_and_number_of_tokens_agrees_with_transformers(backend, shap
     generator = torch.Generator("cuda").manual_seed(7)
     for turn in range(len(NUM_TOKENS)):
         # the last PEs have other numbers of tokens than the first, and some none
-        counts = [NUM_TOKENS[turn - 5 * pe] for pe in range(ep_size)]
+        counts = [NUM_TOKENS[(turn - 5 * pe) % len(NUM_TOKENS)] for pe in range(ep_size)]
         x = [torch.randn(n, model.d_model, device="cuda", generator=generator).bfloat16() for n in counts]
         together = torch.cat(x)
         for routing in (None, skewed_routing(model, counts, seed=turn, skew=1.2, dropped=0.1)):
