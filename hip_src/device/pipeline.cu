@@ -1,6 +1,7 @@
 // The pipelined kernel: launches of its instances.
 #include "layer.hpp"
 #include "pipeline.hpp"
+#include "pipeline/sm90.cuh"
 
 namespace flashmoe::pipeline {
 

@@ -5,7 +5,7 @@
 #include "flashmoe/layout.hpp"
 #include "flashmoe/policy.hpp"
 #include "flashmoe/trace.hpp"
-#include "sm90.cuh"
+#include "tile_map.hpp"
 
 namespace flashmoe::pipeline {
 

@@ -6,6 +6,7 @@
 
 #include "flashmoe/platform.hpp"
 #include "flashmoe/shape.hpp"
+#include "tile_map.hpp"
 
 namespace flashmoe::sm90 {
 
@@ -56,11 +57,7 @@ __device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 b
       : "memory");
 }
 
-//! Row tiles of packed weights, as the copy engine must know them to bring parts of several by one
-//! instruction: [tiles][chunks][1024 bytes].
-struct TileMap {
-  CUtensorMap map;
-};
+static_assert(sizeof(CUtensorMap) == sizeof(TileMap) && alignof(CUtensorMap) <= alignof(TileMap));
 //! For copies of so many chunks of so many tiles. Gives nullptr, or what went wrong.
 inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tiles, u32 num_chunks,
                             u32 copied_tiles, u32 copied_chunks) {
@@ -80,9 +77,9 @@ inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tile
                    strides[2] = {chunk_words * 4, u64{num_chunks} * chunk_words * 4};
   const cuuint32_t box[3] = {chunk_words, copied_chunks, copied_tiles}, steps[3] = {1, 1, 1};
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &tile_map.map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, const_cast<void*>(weights), sizes, strides, box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      reinterpret_cast<CUtensorMap*>(&tile_map), CU_TENSOR_MAP_DATA_TYPE_UINT32, 3,
+      const_cast<void*>(weights), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the weights";
 }
 //! Tile after tile to shared memory; what lies past the last chunk or tile is zeros.
@@ -91,11 +88,11 @@ __device__ __forceinline__ void copy_tiles(u32 to_shared, const TileMap& tile_ma
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to_shared),
-      "l"(&tile_map.map), "r"(0), "r"(first_chunk), "r"(first_tile), "r"(barrier), "l"(policy)
+      "l"(&tile_map), "r"(0), "r"(first_chunk), "r"(first_tile), "r"(barrier), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void prefetch(const TileMap& tile_map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&tile_map.map) : "memory");
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&tile_map) : "memory");
 }
 
 //! The 128 bytes have no value from here on.

@@ -5,6 +5,7 @@
 
 #include "flashmoe/platform.hpp"
 #include "flashmoe/shape.hpp"
+#include "tile_map.hpp"
 
 namespace flashmoe::sm90 {
 
@@ -26,16 +27,21 @@ inline u64 evict_first_policy() { return 0; }
 inline void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier, u64) {
   fibers::bulk_copy(to_shared, from, bytes, barrier);
 }
-struct TileMap {
+struct Tiles {
   const char* weights;
   u32 num_tiles, num_chunks, copied_tiles, copied_chunks;
 };
+static_assert(sizeof(Tiles) <= sizeof(TileMap));
 inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tiles, u32 num_chunks,
                             u32 copied_tiles, u32 copied_chunks) {
-  tile_map = TileMap{static_cast<const char*>(weights), num_tiles, num_chunks, copied_tiles, copied_chunks};
+  const Tiles tiles{static_cast<const char*>(weights), num_tiles, num_chunks, copied_tiles, copied_chunks};
+  std::memcpy(&tile_map, &tiles, sizeof tiles);
   return nullptr;
 }
-inline void copy_tiles(u32 to_shared, const TileMap& map, u32 first_tile, u32 first_chunk, u32 barrier, u64) {
+inline void copy_tiles(u32 to_shared, const TileMap& tile_map, u32 first_tile, u32 first_chunk, u32 barrier,
+                       u64) {
+  Tiles map;
+  std::memcpy(&map, &tile_map, sizeof map);
   constexpr u32 chunk_bytes = 1024;
   static char* zeros = nullptr;
   if (zeros == nullptr)
