@@ -44,7 +44,7 @@ class Mathematician {
         }
       }
       record(item);
-      end_item_here();
+      done_with_item();
     }
     planner_.build<mode>(graph_.plan, group_.params.order);
     if (warp_ == 0) {
@@ -53,7 +53,7 @@ class Mathematician {
     }
     group_.wait(group_.planned(), 0);
     if (graph_.plan.num_active() == 0 && !graph_.tiling.has_combine(graph_.shape)) write_zeros();
-    end_item_here();
+    done_with_item();
     return true;
   }
 
@@ -85,7 +85,7 @@ class Mathematician {
         combine(work, item);
         record(item);
       }
-      end_item_here();
+      done_with_item();
     }
   }
 
@@ -95,7 +95,7 @@ class Mathematician {
     work = group_.work(items_.slot);
     return work.kind != end_item;
   }
-  __device__ __forceinline__ void end_item_here() {
+  __device__ __forceinline__ void done_with_item() {
     __syncwarp();
     sm90::arrive_if(group_.item_free(items_.slot), lane_ == 0);
     items_.advance(num_items);
