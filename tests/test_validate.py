@@ -167,7 +167,7 @@ def test_the_command_tells_of_saved_layers(tmp_path):
     [
         (["--cells", "some"], "cells='some' (accepted: quick, full)"),
         (["--traces", "nowhere"], "nowhere: no measured layers"),
-        (["--out", "nowhere"], "cannot write to nowhere"),
+        (["--out", "no/where"], "no is no folder"),
         (["--out", ".", "--traces", "."], "both given"),
         (["--machine", "m5"], "unknown machine 'm5'"),
         (["--model", "m5"], "m5"),

@@ -32,13 +32,14 @@ Tell = Callable[[str], None]
 
 
 def measure_device(folder: str | Path, *, tell: Tell | None = None) -> Measurements:
-    """Run the microbenchmarks; calibrate.json and tables go to a folder. tell: called with one line a step.
+    """Run the microbenchmarks. folder: for calibrate.json and tables, made unless there. tell: gets a line a step.
 
     Raises: BuildError without a compiler; DeviceError when the card is missing, of another kind, or too slow.
     """
     program = build_microbenchmarks(progress=tell)
     if tell is not None:
         tell("microbenchmarks")
+    Path(folder).mkdir(exist_ok=True)
     command = [str(program), "--out", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)

@@ -13,7 +13,16 @@ import typer
 
 from flashmoe.bench.peers import PEERS
 from flashmoe.cli import inputs
-from flashmoe.cli.screen import WorkFailed, check_writable, print_json, print_table, print_written, progress, say
+from flashmoe.cli.screen import (
+    WorkFailed,
+    check_folder,
+    check_writable,
+    print_json,
+    print_table,
+    print_written,
+    progress,
+    say,
+)
 from flashmoe.hw.library import MAX_TOKENS
 from flashmoe.policy import policy_names
 
@@ -68,7 +77,7 @@ def bench(
     from flashmoe.bench.result import Result
 
     check_writable(plot)
-    _check_folder(out)
+    check_folder(out)
     if from_file is not None:
         result = Result.load(from_file)
     else:
@@ -140,12 +149,6 @@ def _draw(result: Result, path: Path) -> None:
     from flashmoe.plots import figure_ceiling_share
 
     figure_ceiling_share(result).savefig(path)
-
-
-def _check_folder(folder: Path | None) -> None:
-    """Raises: ValueError now rather than after the measurement."""
-    if folder is not None:
-        check_writable(folder / "bench.json" if folder.is_dir() else folder)
 
 
 def _names(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmoe.cli import inputs
-from flashmoe.cli.screen import check_writable, err, print_json, print_table, print_written, say
+from flashmoe.cli.screen import check_folder, check_writable, err, print_json, print_table, print_written, say
 from flashmoe.machine import Machine, parameter_units
 
 EXAMPLES = (
@@ -47,8 +47,7 @@ def calibrate(
         raise ValueError("--keep and --from are for the GPU (accepted with --backend cuda)")
     if keep is not None and source is not None:
         raise ValueError("--keep and --from are both given (accepted: one of them)")
-    if keep is not None and not keep.is_dir():
-        raise ValueError(f"cannot keep anything in {keep}: it is no folder")
+    check_folder(keep)
     started = time.monotonic()
     rows: list[list[str]] = []
     if backend == "cpu":

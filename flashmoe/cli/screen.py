@@ -107,6 +107,14 @@ def check_writable(path: Path | None, suffixes: Sequence[str] = ()) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
+def check_folder(folder: Path | None) -> None:
+    """As check_writable, for a folder that is made unless it is there."""
+    if folder is not None:
+        check_writable(folder / "file" if folder.is_dir() else folder)
+        if folder.is_file():
+            raise ValueError(f"cannot write to {folder}: it is no folder")
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", num_names: int = 1) -> None:
     """A table whose first num_names columns are words, to the left, and whose others are numbers."""
     table = Table(pad_edge=False, box=None, show_header=any(columns))

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from flashmoe.cli import inputs
-from flashmoe.cli.screen import print_json, print_table, print_written, progress, say
+from flashmoe.cli.screen import check_folder, print_json, print_table, print_written, progress, say
 from flashmoe.machine import Machine
 from flashmoe.validate import CELLS, Cell, Validation, load_cells, measure_cells, save_cells, validate
 
@@ -42,8 +42,7 @@ def validate_command(
     """
     if cells not in CELLS:
         raise ValueError(f"cells={cells!r} (accepted: {', '.join(CELLS)})")
-    if out is not None and not out.is_dir():
-        raise ValueError(f"cannot write to {out}: it is no folder")
+    check_folder(out)
     if out is not None and traces is not None:
         raise ValueError("--out and --traces are both given (accepted: one of them)")
     there = Machine.load(machine)
@@ -54,6 +53,7 @@ def validate_command(
         with progress("launching layers") as tick:
             layers = measure_cells(sizes, tokens=CELLS[cells], repeats=repeats, seed=seed, progress=tick)
     if out is not None:
+        out.mkdir(exist_ok=True)
         save_cells(layers, out)
     with progress("simulating them") as tick:
         result = validate(layers, there, progress=tick)

@@ -87,7 +87,7 @@ def test_the_host_can_be_written_too(tmp_path):
         (["--backend", "opencl"], "backend='opencl' (accepted: cpu, cuda)"),
         (["--from", "."], "--keep and --from are for the GPU"),
         (["--backend", "cuda", "--from", "nowhere"], "a calibrate.json was expected"),
-        (["--backend", "cuda", "--keep", "nowhere"], "it is no folder"),
+        (["--backend", "cuda", "--keep", "no/where"], "no is no folder"),
         (["--backend", "cuda", "--keep", ".", "--from", "."], "both given"),
         (["--backend", "cuda", "--base", "m5"], "unknown machine 'm5'"),
         (["--out", "machine.json"], "unknown suffix"),
