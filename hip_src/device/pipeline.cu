@@ -43,10 +43,11 @@ struct Layer : FlashmoeLayer {
         summaries.allocate(num_workers * sizeof(TraceSummary), "trace"))
       return 1;
     const Split up(tiling.up_rows / 8), down(tiling.down_rows / 16);
-    for (const char* error : {sm90::describe(up_tiles, weights.gate_up_device, num_experts * (d_ff / 8),
-                                             d_model / chunk_k, up.tiles(), up.tile_chunks()),
-                              sm90::describe(down_tiles, weights.down_device, num_experts * (d_model / 16),
-                                             d_ff / chunk_k, down.tiles(), down.tile_chunks())})
+    for (const char* error :
+         {sm90::describe(up_tiles, weights.gate_up_device, chunk_bytes, num_experts * (d_ff / 8),
+                         d_model / chunk_k, up.tiles(), up.tile_chunks()),
+          sm90::describe(down_tiles, weights.down_device, chunk_bytes, num_experts * (d_model / 16),
+                         d_ff / chunk_k, down.tiles(), down.tile_chunks())})
       if (error != nullptr) return fail("%s", error);
     for (const Instances& instances : {words(), rows(), tiles()}) {
       for (u32 i = 0; i < instances.size; ++i) {

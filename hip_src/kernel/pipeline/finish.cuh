@@ -86,10 +86,6 @@ class Finisher {
     for (u32 i = warp_ * 32 + lane_; i < count * vectors; i += finish_threads)
       visit(i / vectors, i % vectors);
   }
-  __device__ __forceinline__ static uint4 as_bf16(const float (&values)[8]) {
-    return make_uint4(sm90::as_bf16_pair(values[0], values[1]), sm90::as_bf16_pair(values[2], values[3]),
-                      sm90::as_bf16_pair(values[4], values[5]), sm90::as_bf16_pair(values[6], values[7]));
-  }
   __device__ __forceinline__ static float swiglu(float gate, float up) {
     return gate / (1.0f + __expf(-gate)) * up;
   }
@@ -114,14 +110,7 @@ class Finisher {
   //! Where there is one row tile and a block has at most 8 tokens: rows lane/4 and lane/4 + 8, columns
   //! 2 (lane%4) and the next, summed over all warps.
   __device__ __forceinline__ float4 sum_of_tile() const {
-    const float4* partial = partial_of(0, 0) + lane_;
-    float4 sum = partial[0];
-#pragma unroll
-    for (u32 part = 1; part < math_warps; ++part) {
-      const float4 other = partial[part * SharedLayout::partial_pitch(groups)];
-      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
-    }
-    return sum;
+    return sum_over_warps(partial_of(0, 0) + lane_, SharedLayout::partial_pitch(groups));
   }
 
   __device__ __forceinline__ void up_words(const Work& work) {

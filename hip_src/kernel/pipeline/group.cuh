@@ -33,6 +33,21 @@ __device__ __forceinline__ u32 later(u32 a_ns, u32 b_ns) {
   return static_cast<std::int32_t>(a_ns - b_ns) > 0 ? a_ns : b_ns;
 }
 
+__device__ __forceinline__ uint4 as_bf16(const float (&values)[8]) {
+  return make_uint4(sm90::as_bf16_pair(values[0], values[1]), sm90::as_bf16_pair(values[2], values[3]),
+                    sm90::as_bf16_pair(values[4], values[5]), sm90::as_bf16_pair(values[6], values[7]));
+}
+//! A lane's sums of all math warps, in their order; `pitch` vectors from warp to warp.
+__device__ __forceinline__ float4 sum_over_warps(const float4* partial, u32 pitch) {
+  float4 sum = partial[0];
+#pragma unroll
+  for (u32 warp = 1; warp < math_warps; ++warp) {
+    const float4 other = partial[warp * pitch];
+    sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+  }
+  return sum;
+}
+
 //! A task on its way from the picking thread to the others; they add the times.
 struct Item : Work {
   u32 id, block;

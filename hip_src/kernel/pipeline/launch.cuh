@@ -147,7 +147,8 @@ struct Layout {
 //! What lies where in shared memory, from its start.
 struct SharedLayout {
   u32 ring, slot_bytes, partial, sums, weights, entries, plan, items, barriers, scratch;
-  u32 topk, mask, before, key;  // while the plan is made; but for words in the ring, which is empty then
+  // while the plan is made: for words before the ring, else in it, which is empty then
+  u32 topk, mask, before, key;
   u32 bytes;
 
   //! `groups`: most groups of 8 tokens in a block.

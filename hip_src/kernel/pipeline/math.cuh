@@ -339,10 +339,7 @@ class Mathematician {
             }
           }
         }
-        if (i < row_vectors)
-          static_cast<uint4*>(params.out)[u64{token} * row_vectors + i] =
-              make_uint4(sm90::as_bf16_pair(sum[0], sum[1]), sm90::as_bf16_pair(sum[2], sum[3]),
-                         sm90::as_bf16_pair(sum[4], sum[5]), sm90::as_bf16_pair(sum[6], sum[7]));
+        if (i < row_vectors) static_cast<uint4*>(params.out)[u64{token} * row_vectors + i] = as_bf16(sum);
         // Other lanes have read theirs of these lines.
         __syncwarp();
         for (u32 line = lane_; discards && line < 4 * slots; line += 32) {

@@ -145,12 +145,7 @@ struct Planner {
         make_float4(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3]);
     meet();
     if (warp == 0) {
-      float4 sum = partial[lane];
-#pragma unroll
-      for (u32 i = 1; i < math_warps; ++i) {
-        const float4 other = partial[i * 32 + lane];
-        sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
-      }
+      const float4 sum = sum_over_warps(partial + lane, 32);
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {

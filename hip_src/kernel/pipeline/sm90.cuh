@@ -59,8 +59,8 @@ __device__ __forceinline__ void bulk_copy(u32 to_shared, const void* from, u32 b
 
 static_assert(sizeof(CUtensorMap) == sizeof(TileMap) && alignof(CUtensorMap) <= alignof(TileMap));
 //! For copies of so many chunks of so many tiles. Gives nullptr, or what went wrong.
-inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tiles, u32 num_chunks,
-                            u32 copied_tiles, u32 copied_chunks) {
+inline const char* describe(TileMap& tile_map, const void* weights, u32 chunk_bytes, u32 num_tiles,
+                            u32 num_chunks, u32 copied_tiles, u32 copied_chunks) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   const char* name = "cuTensorMapEncodeTiled";
@@ -72,9 +72,9 @@ inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tile
 #endif
   if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
     return "the driver has no cuTensorMapEncodeTiled (it is of CUDA 12.0 or later)";
-  constexpr u32 chunk_words = 256;
+  const u32 chunk_words = chunk_bytes / 4;
   const cuuint64_t sizes[3] = {chunk_words, num_chunks, num_tiles},
-                   strides[2] = {chunk_words * 4, u64{num_chunks} * chunk_words * 4};
+                   strides[2] = {chunk_bytes, u64{num_chunks} * chunk_bytes};
   const cuuint32_t box[3] = {chunk_words, copied_chunks, copied_tiles}, steps[3] = {1, 1, 1};
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
       reinterpret_cast<CUtensorMap*>(&tile_map), CU_TENSOR_MAP_DATA_TYPE_UINT32, 3,

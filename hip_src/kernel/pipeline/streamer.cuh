@@ -39,7 +39,6 @@ class Streamer {
   template <u32 k>
   __device__ __forceinline__ void stream(const Work& work, const sm90::TileMap& tiles, const void* packed,
                                          u32 first_tile) {
-    [[maybe_unused]] const auto* weights = static_cast<const char*>(packed);
     const u32 slot_chunks_of_tile = work.template split<mode>(tiling_).tile_chunks();
     for (u32 chunk = 0; chunk < k / chunk_k; chunk += slot_chunks_of_tile) {
       group_.wait(group_.slot_free(slots_.slot), slots_.parity);
@@ -50,9 +49,10 @@ class Streamer {
           const u32 rest = k / chunk_k - chunk,
                     bytes = (rest < slot_chunks ? rest : slot_chunks) * chunk_bytes;
           sm90::arrive_and_expect(full, bytes);
-          sm90::bulk_copy(group_.weights_of(slots_.slot),
-                          weights + (u64{first_tile} * (k / chunk_k) + chunk) * chunk_bytes, bytes, full,
-                          policy_);
+          sm90::bulk_copy(
+              group_.weights_of(slots_.slot),
+              static_cast<const char*>(packed) + (u64{first_tile} * (k / chunk_k) + chunk) * chunk_bytes,
+              bytes, full, policy_);
         } else {
           sm90::arrive_and_expect(full, weight_bytes);
           sm90::copy_tiles(group_.weights_of(slots_.slot), tiles, first_tile, chunk, full, policy_);

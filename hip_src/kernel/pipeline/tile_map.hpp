@@ -4,7 +4,7 @@
 
 namespace flashmoe::sm90 {
 
-//! Row tiles, [tiles][chunks][1024 bytes], so that one instruction brings parts of several: the driver's
+//! Row tiles, [tiles][chunks], so that one instruction brings parts of several: the driver's
 //! CUtensorMap, which only sm90.cuh knows.
 struct alignas(128) TileMap {
   u64 words[16];

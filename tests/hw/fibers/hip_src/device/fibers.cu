@@ -387,11 +387,6 @@ bool phase_is_over(u32 address, u32 parity) {
   return barrier.phase % 2 != parity;
 }
 
-bool phase_was_over(u32 address, u32 parity) {
-  interleave();
-  return barrier_at(*current->group, address).phase % 2 != parity;
-}
-
 void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier) {
   interleave();
   barrier_at(*current->group, barrier);

@@ -42,9 +42,7 @@ void meet_threads(u32 barrier, u32 threads);
 // --- mbarriers, as PTX has them
 void barrier_init(u32 address, u32 arrivals);
 void arrive(u32 address, u32 bytes_to_expect = 0);
-//! May wait until it is.
 bool phase_is_over(u32 address, u32 parity);
-bool phase_was_over(u32 address, u32 parity);
 //! A copy that ends some time later.
 void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier);
 //! Ends no later than the arrival of this thread that is asked for next.

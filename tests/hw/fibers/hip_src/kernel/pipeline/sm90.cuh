@@ -20,7 +20,6 @@ inline void arrive_if(u32 address, bool condition) {
 }
 inline void arrive_and_expect(u32 address, u32 bytes) { fibers::arrive(address, bytes); }
 inline bool phase_is_over(u32 address, u32 parity) { return fibers::phase_is_over(address, parity); }
-inline bool phase_was_over(u32 address, u32 parity) { return fibers::phase_was_over(address, parity); }
 
 // --- copies
 inline u64 evict_first_policy() { return 0; }
@@ -29,12 +28,13 @@ inline void bulk_copy(u32 to_shared, const void* from, u32 bytes, u32 barrier, u
 }
 struct Tiles {
   const char* weights;
-  u32 num_tiles, num_chunks, copied_tiles, copied_chunks;
+  u32 chunk_bytes, num_tiles, num_chunks, copied_tiles, copied_chunks;
 };
 static_assert(sizeof(Tiles) <= sizeof(TileMap));
-inline const char* describe(TileMap& tile_map, const void* weights, u32 num_tiles, u32 num_chunks,
-                            u32 copied_tiles, u32 copied_chunks) {
-  const Tiles tiles{static_cast<const char*>(weights), num_tiles, num_chunks, copied_tiles, copied_chunks};
+inline const char* describe(TileMap& tile_map, const void* weights, u32 chunk_bytes, u32 num_tiles,
+                            u32 num_chunks, u32 copied_tiles, u32 copied_chunks) {
+  const Tiles tiles{
+      static_cast<const char*>(weights), chunk_bytes, num_tiles, num_chunks, copied_tiles, copied_chunks};
   std::memcpy(&tile_map, &tiles, sizeof tiles);
   return nullptr;
 }
@@ -42,7 +42,7 @@ inline void copy_tiles(u32 to_shared, const TileMap& tile_map, u32 first_tile, u
                        u64) {
   Tiles map;
   std::memcpy(&map, &tile_map, sizeof map);
-  constexpr u32 chunk_bytes = 1024;
+  const u32 chunk_bytes = map.chunk_bytes;
   static char* zeros = nullptr;
   if (zeros == nullptr)
     std::memset(zeros = static_cast<char*>(fibers::allocate(chunk_bytes)), 0, chunk_bytes);
