@@ -17,12 +17,9 @@ const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
   return instances.first[0];  // refused when the layer was made
 }
 
-//! More bytes in flight than the memory needs only queue in front of everything else.
-constexpr u32 ring_slots = 4;
-
 SharedLayout shared_layout(const Tiling& tiling, u32 num_tokens) {
   const Instance& chosen = instance_for(tiling, num_tokens);
-  return SharedLayout::of(tiling, num_tokens, ring_slots, chosen.groups, chosen.mode);
+  return SharedLayout::of(tiling, num_tokens, chosen.groups, chosen.mode);
 }
 constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
 
@@ -97,7 +94,6 @@ struct Layer : FlashmoeLayer {
     p.records = records.as<TraceRecord>();
     p.summaries = summaries.as<TraceSummary>();
     p.trace_capacity = config.trace_capacity;
-    p.ring_slots = ring_slots;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -178,6 +178,17 @@ class PickDecoder {
     size_ = early_ + num_up_ + num_down_ + combine_;
   }
   FLASHMOE_FN u32 size() const { return size_; }
+  //! From this rank on, picks are of the last kind and no more than the workers: who has one is done after
+  //! it, and need not ask whether there is another. The others ask until all are taken.
+  FLASHMOE_FN u32 first_of_last(u32 num_workers) const {
+    const u32 last_kind = combine_ > 0 ? combine_ : num_down_;
+    return size_ - (last_kind < num_workers ? last_kind : num_workers);
+  }
+
+  //! No expert has more than a block: then the place of an up task in the sequence needs no plan.
+  FLASHMOE_FN bool has_one_block() const { return one_block_; }
+  FLASHMOE_FN u32 place_of_up(u32 rank) const { return (rank - early_) / up_; }
+  FLASHMOE_FN u32 tile_of_up(u32 rank) const { return (rank - early_) % up_; }
 
   //! Orders by rows have all up tasks first.
   FLASHMOE_FN bool is_up(u32 rank) const { return rank >= early_ && rank < early_ + num_up_; }

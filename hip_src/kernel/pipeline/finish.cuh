@@ -18,7 +18,8 @@ class Finisher {
   __device__ void run() {
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
-      const Work work = group_.work(items_.slot);
+      Work work = group_.work(items_.slot);
+      group_.template complete<mode>(work, graph_.plan);
       if (work.kind == end_item) break;
       if (work.kind != plan_item) {
         if (work.is(TaskKind::up)) {
@@ -30,9 +31,12 @@ class Finisher {
           if constexpr (mode == Mode::tiles) down_tile(work);
         }
         if constexpr (traced) {
-          const bool is_mine = work.is(TaskKind::up) ||
-                               (work.is(TaskKind::down) && (mode != Mode::words || work.chain & ends_chain));
-          if (is_mine && warp_ == 0 && lane_ == 0) group_.keep_record(group_.item(items_.slot), num_tasks_);
+          const Item& item = group_.item(items_.slot);
+          // of a whole chain, the last
+          const u32 others = mode == Mode::words && work.is(TaskKind::down) ? work.count - 1 : 0;
+          num_tasks_ += others;
+          if ((work.is(TaskKind::up) || work.is(TaskKind::down)) && warp_ == 0 && lane_ == 0)
+            group_.keep_record(item, item.id + others, num_tasks_);
         }
         ++num_tasks_;
       }
@@ -94,7 +98,7 @@ class Finisher {
     const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
     const Split split = work.template split<mode>(graph_.tiling);
     next_partial();
-    for_each_vector(work.num_tokens, work.row_tiles, [&](u32 column, u32 tile) {
+    for_each_vector(work.count, work.row_tiles, [&](u32 column, u32 tile) {
       float gate[8], up[8];
       sum_rows(split, tile, 0, column, gate);
       sum_rows(split, tile, 1, column, up);
@@ -120,7 +124,7 @@ class Finisher {
     if (warp_ == 0) {
       const float4 sum = sum_of_tile();
       const u32 row = work.tile * words_up_rows + lane_ / 4, column = lane_ % 4 * 2;
-      const bool has0 = column < work.num_tokens, has1 = column + 1 < work.num_tokens;
+      const bool has0 = column < work.count, has1 = column + 1 < work.count;
       const u32 pair0 = has0 ? pairs[column] : 0, pair1 = has1 ? pairs[column + 1] : 0;
       float h0 = swiglu(sum.x, sum.z), h1 = swiglu(sum.y, sum.w);
       if (has0) h0 *= weights[pair0];
@@ -140,9 +144,8 @@ class Finisher {
     free_partial();
   }
 
-  //! The chain's last task brings the sums of all experts.
+  //! The sums of all experts of a chain.
   __device__ __forceinline__ void down_words(const Work& work) {
-    if (!(work.chain & ends_chain)) return;
     next_partial();
     if (warp_ == 0) {
       const float4 sum = sum_of_tile();
@@ -166,8 +169,8 @@ class Finisher {
       sm90::named_barrier<finish_barrier, finish_threads>();
     }
     const float* weights = group_.in_shared<float>(group_.at.weights);
-    for (u32 first = 0; first < work.num_tokens; first += block_tokens) {
-      const u32 rest = work.num_tokens - first, count = rest < block_tokens ? rest : block_tokens;
+    for (u32 first = 0; first < work.count; first += block_tokens) {
+      const u32 rest = work.count - first, count = rest < block_tokens ? rest : block_tokens;
       const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first + first;
       next_partial();
       for (u32 half = warp_; half < 2 * work.row_tiles; half += finish_warps) {
@@ -204,7 +207,7 @@ class Finisher {
     const Split split = work.template split<mode>(graph_.tiling);
     auto* results = group_.in_workspace<uint4>(group_.params.layout.results);
     next_partial();
-    for_each_vector(work.num_tokens, work.row_tiles * 2, [&](u32 column, u32 vector) {
+    for_each_vector(work.count, work.row_tiles * 2, [&](u32 column, u32 vector) {
       float sum[8];
       sum_rows(split, vector / 2, vector % 2, column, sum);
       const u32 row = work.tile * graph_.tiling.down_rows + vector * 8;

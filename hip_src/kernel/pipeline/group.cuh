@@ -7,16 +7,20 @@
 
 namespace flashmoe::pipeline {
 
-constexpr u8 plan_item = 16, end_item = 17;  // beside the kinds of tasks
+// Beside the kinds of tasks. An early item is an up task, by its place in the sequence, that is handed on
+// before the plan is there; or nothing, should there be no such place.
+constexpr u8 plan_item = 16, end_item = 17, early_item = 18;
 constexpr u8 starts_chain = 1, ends_chain = 2;
+//! A chain is an item for each of its tasks; in words mode, where these are short, it is one.
 
 //! What the warps must know of an item to do it: they read these 16 bytes at once.
 struct alignas(16) Work {
-  u8 kind;       // TaskKind, plan_item or end_item
-  u8 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
-  u8 row_tiles;  // 16 rows each
-  u8 present;    // words: bit t: token t has this expert
-  u16 first, num_tokens;
+  u32 kind : 8;       // TaskKind, plan_item or end_item
+  u32 chain : 8;      // starts_chain, ends_chain: its place among the tasks of a pick
+  u32 row_tiles : 8;  // 16 rows each
+  u32 : 8;
+  // Its tokens in the lists; of a whole chain, its experts among the active ones; early: its place.
+  u32 first : 16, count : 16;
   u32 tile, expert;
 
   __device__ __forceinline__ bool is(TaskKind of) const { return kind == static_cast<u8>(of); }
@@ -61,7 +65,8 @@ struct Item : Work {
 static_assert(sizeof(Work) == 16 && sizeof(Item) == sizeof_item);
 
 //! Named barriers of the hardware; 0 is __syncthreads.
-constexpr u32 math_barrier = 1, finish_barrier = 2;
+constexpr u32 math_barrier = 1, finish_barrier = 2, plan_barrier = 3;
+constexpr u32 adding_warps = 4;  // of the math warps, which make the plan
 
 //! By value, so that no struct of the caller's has to lie in memory.
 static __device__ __noinline__ void report(FaultReport* fault, u32 worker, u32 epoch, u32 task_id,
@@ -106,35 +111,35 @@ struct Group {
   // --- barriers, in this order
   //! Weights and tokens are there.
   __device__ __forceinline__ u32 barrier(u32 index) const {
-    return sm90::shared_address(shared + at.barriers) + 8 * index;
+    return sm90::shared_address(shared) + barriers_at + 8 * index;
   }
   __device__ __forceinline__ u32 slot_full(u32 slot) const { return barrier(slot); }
-  __device__ __forceinline__ u32 slot_free(u32 slot) const { return barrier(params.ring_slots + slot); }
-  __device__ __forceinline__ u32 item_full(u32 item) const { return barrier(2 * params.ring_slots + item); }
+  __device__ __forceinline__ u32 slot_free(u32 slot) const { return barrier(most_ring_slots + slot); }
+  __device__ __forceinline__ u32 item_full(u32 item) const { return barrier(2 * most_ring_slots + item); }
   __device__ __forceinline__ u32 item_free(u32 item) const {
-    return barrier(2 * params.ring_slots + num_items + item);
+    return barrier(2 * most_ring_slots + num_items + item);
   }
-  //! The streaming warp has come to the item.
+  //! The streaming warp has come to the item's last task.
   __device__ __forceinline__ u32 item_begun(u32 item) const {
-    return barrier(2 * params.ring_slots + 2 * num_items + item);
+    return barrier(2 * most_ring_slots + 2 * num_items + item);
   }
   //! The finish warps have stored all that the item makes.
   __device__ __forceinline__ u32 item_stored(u32 item) const {
-    return barrier(2 * params.ring_slots + 3 * num_items + item);
+    return barrier(2 * most_ring_slots + 3 * num_items + item);
   }
   __device__ __forceinline__ u32 partial_full(u32 buffer) const {
-    return barrier(2 * params.ring_slots + 4 * num_items + buffer);
+    return barrier(2 * most_ring_slots + 4 * num_items + buffer);
   }
   __device__ __forceinline__ u32 partial_free(u32 buffer) const {
-    return barrier(2 * params.ring_slots + 4 * num_items + 2 + buffer);
+    return barrier(2 * most_ring_slots + 4 * num_items + 2 + buffer);
   }
   __device__ __forceinline__ u32 planned() const {
-    return barrier(2 * params.ring_slots + 4 * num_items + 4);
+    return barrier(2 * most_ring_slots + 4 * num_items + 4);
   }
   template <Mode mode>
   __device__ void init_barriers() const {
     using R = Roles<mode>;
-    for (u32 i = 0; i < params.ring_slots; ++i) {
+    for (u32 i = 0; i < ring_slots(mode); ++i) {
       sm90::barrier_init(slot_full(i), 1 + 32);  // the streaming thread and the lanes of a loading warp
       sm90::barrier_init(slot_free(i), math_warps);
     }
@@ -148,28 +153,45 @@ struct Group {
       sm90::barrier_init(partial_full(i), math_warps);
       sm90::barrier_init(partial_free(i), R::finish_warps);
     }
-    sm90::barrier_init(planned(), 1);
+    sm90::barrier_init(planned(), adding_warps);
     sm90::barriers_initialised();
   }
-  __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
+  __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(items_at)[slot]; }
+  //! What the plan says of an early item. By whole warps.
+  template <Mode mode>
+  __device__ __forceinline__ void complete(Work& work, const Plan& plan) const {
+    if (mode != Mode::words || work.kind != early_item) return;
+    wait(planned(), 0);
+    const u32 place = work.first;
+    work.kind = plan_item;  // nothing to do
+    if (warp_stopped() || place >= plan.num_active()) return;
+    work.kind = static_cast<u32>(TaskKind::up);
+    work.expert = plan.sequence[place];
+    work.first = plan.entry_offset[work.expert];
+    work.count = plan.expert_tokens(work.expert);
+  }
   //! In whole words: a compiler may copy bytes.
   __device__ __forceinline__ void put(const Item& item, u32 slot) const {
-    auto* to = in_shared<uint4>(at.items + slot * sizeof_item);
-    to[0] = make_uint4(item.kind | item.chain << 8 | item.row_tiles << 16 | u32{item.present} << 24,
-                       item.first | u32{item.num_tokens} << 16, item.tile, item.expert);
+    auto* to = in_shared<uint4>(items_at + slot * sizeof_item);
+    to[0] = make_uint4(item.kind | item.chain << 8 | item.row_tiles << 16, item.first | u32{item.count} << 16,
+                       item.tile, item.expert);
     to[1] = make_uint4(item.id, item.block, item.ticket_ns, item.ready_ns);
-    *in_shared<u32>(at.items + slot * sizeof_item + 32) = item.turn_ns;
+    *in_shared<u32>(items_at + slot * sizeof_item + 32) = item.turn_ns;
   }
-  __device__ __forceinline__ const Item& item(u32 slot) const { return in_shared<Item>(at.items)[slot]; }
-  __device__ __forceinline__ Item& item(u32 slot) { return in_shared<Item>(at.items)[slot]; }
+  __device__ __forceinline__ const Item& item(u32 slot) const { return in_shared<Item>(items_at)[slot]; }
+  __device__ __forceinline__ Item& item(u32 slot) { return in_shared<Item>(items_at)[slot]; }
   __device__ __forceinline__ u32 weights_of(u32 slot) const {
     return sm90::shared_address(shared + at.ring) + slot * at.slot_bytes;
   }
   __device__ __forceinline__ u32 tokens_of(u32 slot) const { return weights_of(slot) + weight_bytes; }
 
   // --- the trace
+  //! When a task of a chain had its inputs, the chain being one item.
+  __device__ __forceinline__ volatile u32& ready_ns(u32 task) const {
+    return in_shared<volatile u32>(ready_at)[task % num_ready];
+  }
   //! By a thread that began with the trace on.
-  __device__ __forceinline__ void keep_record(const Item& item, u32 index) const {
+  __device__ __forceinline__ void keep_record(const Item& item, u32 id, u32 index) const {
     if (index >= params.trace_capacity) return;  // counted as dropped
     const u32 end_ns = sm90::timer_ns(), low_ns = static_cast<u32>(begin_ns);
     // what was given with the launch was in hand before it began
@@ -178,7 +200,7 @@ struct Group {
     params.records[u64{worker} * params.trace_capacity + index] = TraceRecord{
         begin_ns + (start_ns - low_ns),
         end_ns - start_ns,
-        item.id,
+        id,
         start_ns - ticket_ns,
         start_ns - ready_ns,
         static_cast<u16>(worker),
@@ -189,14 +211,16 @@ struct Group {
 
   // --- giving up: one thread reports, the others see `stopped`. All go on to the last item, so that warps
   // which meet at a barrier do so to the end: the picking thread hands on the end at once.
-  __device__ __forceinline__ volatile u32* stop_flag() const { return in_shared<volatile u32>(at.scratch); }
+  //! 0, `gave_up`, or the barrier that a warp has waited for too long.
+  __device__ __forceinline__ volatile u32* stop_flag() const { return in_shared<volatile u32>(stop_at); }
+  static constexpr u32 gave_up = 1;
   __device__ __forceinline__ bool stopped() const { return *stop_flag() != 0; }
   //! For a warp that must stay together.
   __device__ __forceinline__ bool warp_stopped() const { return __any_sync(~0u, stopped()); }
   __device__ __forceinline__ void give_up(u32 task_id, EventKind event, u32 index, u64 seen, u64 wanted,
                                           u64 waited_ns, FaultKind kind = FaultKind::deadline) const {
     report(params.fault, worker, epoch, task_id, Missing{event, index, none, seen, wanted}, waited_ns, kind);
-    *stop_flag() = 1;
+    *stop_flag() = gave_up;
   }
   //! One turn of a wait for another work-group; false when the wait is over without success.
   __device__ __forceinline__ bool keep_waiting(u32& turns, u64& since_ns, u32 task_id, EventKind event,
@@ -206,7 +230,7 @@ struct Group {
     const u64 now_ns = clock_ns();
     if (since_ns == 0) since_ns = now_ns;
     if (params.fault->raised()) {
-      *stop_flag() = 1;
+      *stop_flag() = gave_up;
       return false;
     }
     if (now_ns - since_ns <= params.deadline_ns) return true;
@@ -226,21 +250,19 @@ struct Group {
   }
   template <bool ends_with_stop>
   __device__ __forceinline__ bool wait_or_stop(u32 barrier_address, u32 parity) const {
-    u32 turns = 0;
-    while (!sm90::phase_is_over(barrier_address, parity)) {
-      if ((++turns & 63u) != 0) continue;
+    constexpr u32 most_turns = 1u << 26;
+    for (u32 turns = 0; !sm90::phase_is_over(barrier_address, parity); ++turns) {
       if (ends_with_stop && stopped()) return false;
-      if (turns >> 26 == 0) continue;
-      stop_flag()[1] = barrier_address;
-      *stop_flag() = 1;
+      if (turns < most_turns) continue;
+      *stop_flag() = barrier_address;
       return false;
     }
     return true;
   }
   //! By one thread, when all have left.
   __device__ __forceinline__ void tell_stuck() const {
-    const u32 stuck = stop_flag()[1];
-    if (stuck != 0) give_up(none, warp_barrier, stuck - barrier(0), 0, 1, 0);
+    const u32 stuck = *stop_flag();
+    if (stuck != gave_up) give_up(none, warp_barrier, stuck - barrier(0), 0, 1, 0);
   }
 };
 

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
   const u32 warp = threadIdx.x / 32;
   if (threadIdx.x == math_threads) {
     group.init_barriers<mode>();
-    group.stop_flag()[0] = group.stop_flag()[1] = 0;
+    *group.stop_flag() = 0;
   }
   __syncthreads();
   // Each role does what it can before the launch before has ended, then begins.
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constan
     sm90::prefetch(params.up_tiles);
     sm90::prefetch(params.down_tiles);
     group.begin<traced>();
-    Streamer<mode>(group, graph.tiling).run();
+    Streamer<mode>(group, graph).run();
   } else if (warp < R::signal) {
     group.begin<traced>();
     Loader<mode, traced>(group, graph).run();

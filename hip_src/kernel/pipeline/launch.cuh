@@ -45,6 +45,9 @@ struct Roles {
 // 3 chunks for each math warp, and the tokens' elements of that k.
 constexpr u32 warp_chunks = 3, slot_chunks = warp_chunks * math_warps,
               weight_bytes = slot_chunks * chunk_bytes;
+//! More bytes in flight than the memory needs only queue in front of everything else.
+FLASHMOE_FN constexpr u32 ring_slots(Mode mode) { return mode == Mode::words ? 3 : 4; }
+constexpr u32 most_ring_slots = 4;
 
 //! How a slot is shared out when a task has so many row tiles: a warp has one of them, and a part of k.
 struct Split {
@@ -71,6 +74,11 @@ struct Split {
 constexpr u32 logit_replicas = 8;
 constexpr u32 sizeof_item = 48;
 constexpr u32 num_items = 8;  // tasks between the picking thread and the others
+constexpr u32 num_ready = 8;  // tasks of a chain that the loading warps may be ahead of the math warps, and more
+constexpr u32 num_barriers = 2 * most_ring_slots + 4 * num_items + 5;
+// What is asked for all the time lies first in shared memory, at addresses that the compiler knows.
+constexpr u32 items_at = 0, barriers_at = num_items * sizeof_item, ready_at = barriers_at + num_barriers * 8,
+              stop_at = ready_at + num_ready * 4;
 
 //! A tiling of powers of two, as their logarithms: what is divided by them is shifted.
 struct LogTiling {
@@ -146,13 +154,14 @@ struct Layout {
 
 //! What lies where in shared memory, from its start.
 struct SharedLayout {
-  u32 ring, slot_bytes, partial, sums, weights, entries, plan, items, barriers, scratch;
+  u32 ring, slot_bytes, partial, sums, weights, entries, plan;
+  u32 columns;  // words: [active experts] bit t: token t has the expert
   // while the plan is made: for words before the ring, else in it, which is empty then
   u32 topk, mask, before, key;
   u32 bytes;
 
   //! `groups`: most groups of 8 tokens in a block.
-  static SharedLayout of(const Tiling& t, u32 num_tokens, u32 ring_slots, u32 groups, Mode mode) {
+  static SharedLayout of(const Tiling& t, u32 num_tokens, u32 groups, Mode mode) {
     SharedLayout l{};
     u32 size = 0;
     auto take = [&](u32 bytes) {
@@ -160,6 +169,8 @@ struct SharedLayout {
       size += (bytes + 127) / 128 * 128;
       return begin;
     };
+    take(stop_at + 4);
+    l.ring = size;
     const u32 pairs = num_tokens * top_k;
     const u32 up_pitch = Split(t.up_rows / 8).pitch_bytes(),
               down_pitch = Split(t.down_rows / 16).pitch_bytes();
@@ -170,17 +181,15 @@ struct SharedLayout {
     l.mask = take(num_experts * mask_words(num_tokens) * 4);
     l.before = take(num_experts * mask_words(num_tokens) * 2);
     l.key = take(num_experts * 4);
-    const u32 ring_bytes = ring_slots * l.slot_bytes;
-    l.ring = mode == Mode::words ? take(ring_bytes) : 0;
-    size = size < ring_bytes ? ring_bytes : size;
+    const u32 ring_bytes = ring_slots(mode) * l.slot_bytes;
+    if (mode == Mode::words) l.ring = size;
+    size = size < l.ring + ring_bytes ? l.ring + ring_bytes : size;
     l.partial = take(num_partials(groups) * math_warps * partial_pitch(groups) * 16);
     l.sums = take(mode == Mode::rows ? num_tokens * t.down_rows * 4 : 0);
     l.weights = take(mode == Mode::tiles ? 0 : pairs * 4);
     l.entries = take(pairs * 2);
     l.plan = take(6 * (num_experts + 1) * 4);
-    l.items = take(num_items * sizeof_item);
-    l.barriers = take((2 * ring_slots + 4 * num_items + 4 + 1) * 8);
-    l.scratch = take(256);
+    l.columns = take(mode == Mode::words ? num_experts * 4 : 0);
     l.bytes = size;
     return l;
   }
@@ -206,7 +215,6 @@ struct Params {
   const u32 *replay_offset, *replay_ids;
   u64 replay_digest;
   u32 num_tokens, num_workers, num_domains;
-  u32 ring_slots;
   u32 nothing;  // 0, which the compiler does not know
   u64 deadline_ns;
   FaultReport* fault;

@@ -16,7 +16,8 @@ class Loader {
   __device__ void run() {
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) break;
-      const Work work = group_.work(items_.slot);
+      Work work = group_.work(items_.slot);
+      group_.template complete<mode>(work, graph_.plan);
       if (work.kind == end_item) break;
       load(work, group_.item(items_.slot));
       __syncwarp();
@@ -30,14 +31,14 @@ class Loader {
   __device__ __forceinline__ void load(const Work& work, Item& item) {
     const u32 block_tokens = graph_.tiling.block_tokens;
     if (work.is(TaskKind::up)) {
-      load_rows<d_model>(work, item, work.first, work.num_tokens, none);
+      load_rows<d_model>(work, item, work.first, work.count, none);
     } else if (work.is(TaskKind::down)) {
       if constexpr (mode == Mode::words) {
-        load_words(work, item);
+        for (u32 i = 0; i < work.count; ++i) load_words(graph_.plan.active[work.first + i], item);
       } else {
         u32 block = item.block;
-        for (u32 done = 0; done < work.num_tokens; done += block_tokens) {
-          const u32 rest = work.num_tokens - done;
+        for (u32 done = 0; done < work.count; done += block_tokens) {
+          const u32 rest = work.count - done;
           load_rows<d_ff>(work, item, work.first + done, rest < block_tokens ? rest : block_tokens, block++);
         }
       }
@@ -61,6 +62,7 @@ class Loader {
       const u32 mine = row + i * at_once, entry = mine < count ? entries[mine] : 0;
       offset[i] = (block == none ? entry / top_k : entry) * (k * 2);
     }
+#pragma unroll 1
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
       if (is_mine()) {
         if (block != none) wait_for_block(item, block);
@@ -80,20 +82,21 @@ class Loader {
         }
         sm90::arrive_after_async_copies(group_.slot_full(slots_.slot));
       }
-      slots_.advance(group_.params.ring_slots);
+      slots_.advance(ring_slots(mode));
     }
   }
 
   //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
   //! column. A lane has every 32nd pair of words of a row, and asks for all it has at once.
-  __device__ __forceinline__ void load_words(const Work& work, Item& item) {
+  __device__ __forceinline__ void load_words(u32 expert, const Item& item) {
     constexpr Split split(1);
     constexpr u32 pairs = (d_ff < split.slot_k() ? d_ff : split.slot_k()) / 4, batch = ceil_div(pairs, 32);
-    const u16* entries = group_.template in_shared<u16>(group_.at.entries) + work.first;
+    const u32 first = graph_.plan.entry_offset[expert], count = graph_.plan.entry_offset[expert + 1] - first;
+    const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
     const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden) + lane_ * 2;
     for (u32 k0 = 0; k0 < d_ff; k0 += split.slot_k()) {
       if (is_mine()) {
-        for (u32 i = 0; i < work.num_tokens; ++i) {
+        for (u32 i = 0; i < count; ++i) {
           const u32 entry = entries[i];
           const u64* from = hidden + entry * (d_ff / 2) + k0 / 2;
           u64 words[batch][2];
@@ -110,12 +113,12 @@ class Loader {
               if (has_pair(k0, b))
                 other |= (epoch_of(words[b][0]) ^ group_.epoch) | (epoch_of(words[b][1]) ^ group_.epoch);
             if (__all_sync(~0u, other == 0)) break;
-            const bool go_on =
-                group_.keep_waiting(turns, since_ns, item.id, EventKind::upped, item.block, 0, group_.epoch);
+            const bool go_on = group_.keep_waiting(turns, since_ns, item.id, EventKind::upped,
+                                                   graph_.plan.block_offset[expert], 0, group_.epoch);
             if (!__all_sync(~0u, go_on)) return;
           }
           if (i == 0) {
-            if (k0 == 0) stamp_ready(item);
+            if (traced && k0 == 0 && lane_ == 0) group_.ready_ns(num_words_) = sm90::timer_ns();
             group_.wait(group_.slot_free(slots_.slot), slots_.parity);
             if (group_.warp_stopped()) return;
           }
@@ -127,8 +130,9 @@ class Loader {
         }
         sm90::arrive(group_.slot_full(slots_.slot));
       }
-      slots_.advance(group_.params.ring_slots);
+      slots_.advance(ring_slots(mode));
     }
+    ++num_words_;
   }
 
   //! Has this lane a b-th pair of words, in the slot that begins at k0? All lanes do where rows are a
@@ -175,6 +179,7 @@ class Loader {
   Group& group_;
   const TaskGraph& graph_;
   u32 warp_, lane_;
+  u32 num_words_ = 0;                      // tasks that took words
   u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
   Turn items_{0}, slots_{1};
 };

@@ -9,6 +9,8 @@ namespace flashmoe::pipeline {
 
 template <u32 groups, Mode mode, bool traced>
 class Mathematician {
+  static constexpr u32 num_chains = 2 * warp_chunks;  // products that do not wait for each other
+
  public:
   __device__ Mathematician(Group& group, TaskGraph& graph)
       : group_(group),
@@ -38,7 +40,7 @@ class Mathematician {
         stamp_turn(item);
         if (work.is(TaskKind::gate)) {
           planner_.gate<mode>(
-              Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.num_tokens, none});
+              Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none});
         } else {
           route(work, item);
         }
@@ -47,10 +49,8 @@ class Mathematician {
       done_with_item();
     }
     planner_.build<mode>(graph_.plan, group_.params.order);
-    if (warp_ == 0) {
-      __syncwarp();
-      sm90::arrive_if(group_.planned(), lane_ == 0);
-    }
+    __syncwarp();
+    if (warp_ < adding_warps) sm90::arrive_if(group_.planned(), lane_ == 0);
     group_.wait(group_.planned(), 0);
     if (graph_.plan.num_active() == 0 && !graph_.tiling.has_combine(graph_.shape)) write_zeros();
     done_with_item();
@@ -74,11 +74,22 @@ class Mathematician {
     clear_sums();
     for (Work work; next_item(work); ++num_tasks_) {
       Item& item = group_.item(items_.slot);
+      group_.template complete<mode>(work, graph_.plan);
+      if (mode == Mode::words && work.kind == plan_item) {
+        --num_tasks_;
+        done_with_item();
+        continue;
+      }
       stamp_turn(item);
+      if (traced && mode == Mode::words && threadIdx.x == 0 && work.is(TaskKind::up)) {
+        item.block = graph_.plan.block_offset[work.expert];
+        item.id = graph_.first_up() + item.block * graph_.up_per_block() + work.tile;
+      }
       if (work.is(TaskKind::up)) {
         if (mode != Mode::words) clear_sums();
-        multiply<d_model>(work, work.num_tokens);
-        put_partial(ceil_div(work.num_tokens, 8));
+        // words: a slot has room for as many columns as there are tokens
+        multiply<d_model>(work, work.count, lane_ / 4 < work.count);
+        put_partial(ceil_div(work.count, 8));
       } else if (work.is(TaskKind::down)) {
         down(work, item);
       } else {
@@ -112,7 +123,7 @@ class Mathematician {
     const Params& params = group_.params;
     auto* kept_idx = group_.in_workspace<std::int32_t>(params.layout.topk_idx);
     auto* kept_weights = group_.in_workspace<float>(params.layout.topk_weights);
-    for (u32 i = warp_; i < work.num_tokens; i += math_warps) {
+    for (u32 i = warp_; i < work.count; i += math_warps) {
       const u32 token = work.first + i;
       const u64 pair = u64{token} * top_k + lane_;
       if (params.given_idx != nullptr) {
@@ -150,12 +161,13 @@ class Mathematician {
         for (u32 i = 0; i < 4; ++i) chain[i] = 0;
   }
 
-  //! Adds this warp's row tile and part of k, times the tokens, to its sums. down_words: tokens are columns,
-  //! and those without the expert have nothing in the slot.
-  template <u32 k, bool down_words = false>
-  __device__ __forceinline__ void multiply(const Work& work, u32 count) {
-    const u32 used = down_words ? 1 : ceil_div(count, 8);
-    switch_over<1>(used, [&](auto number) { multiply_groups<k, down_words, decltype(number)::value>(work); });
+  //! Adds this warp's row tile and part of k, times the tokens, to its sums. Words: a column that this lane
+  //! does not have counts as zeros.
+  template <u32 k>
+  __device__ __forceinline__ void multiply(const Work& work, u32 count, bool has_column = true) {
+    switch_over<1>(ceil_div(count, 8), [&](auto number) {
+      multiply_groups<k, decltype(number)::value>(work, has_column);
+    });
   }
   //! Calls with the number as a constant: the products of all groups are one straight piece of code.
   template <u32 first, class Call>
@@ -168,26 +180,24 @@ class Mathematician {
     }
   }
 
-  template <u32 k, bool down_words, u32 used>
-  __device__ __forceinline__ void multiply_groups(const Work& work) {
+  template <u32 k, u32 used>
+  __device__ __forceinline__ void multiply_groups(const Work& work, bool has_column) {
     const Split split = work.template split<mode>(graph_.tiling);
     const u32 tile = warp_ & (split.tiles() - 1), part = warp_ >> split.log_tiles,
               log_parts = 3 - split.log_tiles;
     const u32 pitch = split.pitch_bytes();
     const u32 weights = group_.at.ring + (tile * split.tile_chunks() + part) * chunk_bytes + lane_ * 16;
     const u32 tokens = group_.at.ring + weight_bytes + lane_ / 4 * pitch + part * 64 + lane_ % 4 * 16;
-    // words: a slot has room for as many columns as there are tokens
-    const bool has_column = down_words ? (work.present >> lane_ / 4 & 1) != 0 : lane_ / 4 < work.num_tokens;
     const bool has_tile = mode == Mode::words || tile < work.row_tiles;
     // where there is but one group, products wait for none before
-    float new_chains[mode != Mode::words && used == 1 ? 2 * warp_chunks : 1][4] = {};
+    float new_chains[mode != Mode::words && used == 1 ? num_chains : 1][4] = {};
     auto sums_of = [&](u32 j, u32 chain) -> float(&)[4] {
       if constexpr (used > 1) return sums_[j];
       if constexpr (mode == Mode::words) return chains_[chain];
       return new_chains[chain];
     };
-#pragma unroll
-    for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
+    // `rest`: k that is left
+    auto take_slot = [&](u32 rest) {
       const u32 slot = slots_.slot * group_.at.slot_bytes;
       const u32 from = sm90::known_now(weights + slot), tokens_from = sm90::known_now(tokens + slot);
       u32 seen = 0;
@@ -212,13 +222,15 @@ class Mathematician {
       };
       group_.wait(group_.slot_full(slots_.slot), slots_.parity);
       __syncwarp();
-      if (has_tile && k - k0 >= split.slot_k()) {
+      if (has_tile && rest >= split.slot_k()) {
 #pragma unroll
         for (u32 q = 0; q < warp_chunks; ++q) multiply_chunk(q);
       } else if (has_tile) {
 #pragma unroll
         for (u32 q = 0; q < warp_chunks; ++q)
-          if ((q << log_parts) + part < (k - k0) / chunk_k) multiply_chunk(q);
+          if ((mode == Mode::words && (q + 1) * math_warps <= rest / chunk_k) ||
+              (q << log_parts) + part < rest / chunk_k)
+            multiply_chunk(q);
       }
       // An arrival that is merely placed after the loads does not wait for them, and lets other weights in:
       // its address is made of what they brought, or of their products, where these are many.
@@ -226,13 +238,21 @@ class Mathematician {
         for (u32 j = 0; j < used; ++j) seen ^= __float_as_uint(sums_[j][0]);
       __syncwarp();
       sm90::arrive_if(group_.slot_free(slots_.slot) + (seen & group_.params.nothing), lane_ == 0);
-      slots_.advance(group_.params.ring_slots);
+      slots_.advance(ring_slots(mode));
+    };
+    if constexpr (mode == Mode::words) {  // a whole slot's code once, and what is left over
+      constexpr u32 slot_k = Split(1).slot_k();
+#pragma unroll 1
+      for (u32 k0 = 0; k0 + slot_k <= k; k0 += slot_k) take_slot(slot_k);
+      if constexpr (k % slot_k != 0) take_slot(k % slot_k);
+    } else {
+      for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) take_slot(k - k0);
     }
     if constexpr (mode != Mode::words && used == 1) add_chains(new_chains);
   }
 
-  __device__ __forceinline__ void add_chains(const float (&chains)[2 * warp_chunks][4]) {
-    static_assert(warp_chunks == 3);
+  __device__ __forceinline__ void add_chains(const float (&chains)[num_chains][4]) {
+    static_assert(num_chains == 6);
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
       sums_[0][i] =
@@ -254,16 +274,30 @@ class Mathematician {
     if (mode == Mode::words) clear_sums();  // here it holds up nobody
   }
 
-  __device__ __forceinline__ void down(const Work& work, const Item& item) {
+  __device__ __forceinline__ void down(const Work& work, Item& item) {
     if constexpr (mode == Mode::words) {
-      multiply<d_ff, true>(work, work.num_tokens);
-      if (work.chain & ends_chain) return put_partial(1);
-      // the finish warps have a part in the last task of a chain only
-      if (traced && threadIdx.x == 0) group_.keep_record(item, num_tasks_);
+      // Tokens are columns: all that any expert of the chain makes is one sum.
+      const u32* columns = group_.in_shared<u32>(group_.at.columns) + work.first;
+      u32 next_column = columns[0];
+      for (u32 i = 0; i < work.count; ++i) {
+        const u32 column = next_column;
+        next_column = columns[i + 1 < work.count ? i + 1 : i];
+        if (i > 0) stamp_turn(item);
+        multiply<d_ff>(work, 1, (column >> lane_ / 4 & 1) != 0);
+        if constexpr (traced) {
+          if (threadIdx.x == 0) item.ready_ns = group_.ready_ns(num_words_);
+          ++num_words_;
+          // the finish warps have a part in the last task only
+          if (i + 1 == work.count) break;
+          if (threadIdx.x == 0) group_.keep_record(item, item.id + i, num_tasks_);
+          ++num_tasks_;
+        }
+      }
+      put_partial(1);
     } else {
       const u32 block_tokens = graph_.tiling.block_tokens;
-      for (u32 first = 0; first < work.num_tokens; first += block_tokens) {
-        const u32 rest = work.num_tokens - first, count = rest < block_tokens ? rest : block_tokens;
+      for (u32 first = 0; first < work.count; first += block_tokens) {
+        const u32 rest = work.count - first, count = rest < block_tokens ? rest : block_tokens;
         clear_sums();
         multiply<d_ff>(work, count);
         put_partial(ceil_div(count, 8));
@@ -300,7 +334,7 @@ class Mathematician {
     // by many times its bytes. Where it is little, to discard it takes longer: the end of the layer waits for
     // that.
     const bool discards = params.num_tokens > 32;
-    for (u32 token = work.first; token < work.first + work.num_tokens; ++token) {
+    for (u32 token = work.first; token < work.first + work.count; ++token) {
       // every warp for itself, a lane for each slot
       const Result result = lane_ < slots ? result_of(token, lane_) : Result{0, 0, 0};
       const u32* done = group_.in_workspace<u32>(group_.counters().done) + result.counter;
@@ -369,7 +403,7 @@ class Mathematician {
   __device__ __forceinline__ void record(const Item& item) const {
     if constexpr (traced) {
       sm90::named_barrier<math_barrier, math_threads>();
-      if (threadIdx.x == 0) group_.keep_record(item, num_tasks_);
+      if (threadIdx.x == 0) group_.keep_record(item, item.id, num_tasks_);
     }
   }
 
@@ -378,9 +412,10 @@ class Mathematician {
   Planner planner_;
   u32 warp_, lane_;
   u32 num_tasks_ = 0;
+  u32 num_words_ = 0;  // tasks of chains that are one item
   Turn items_{0}, slots_{0}, partials_{1};
   float sums_[groups][4];
-  float chains_[mode == Mode::words ? 2 * warp_chunks : 1][4];  // words: instead of the sums
+  float chains_[mode == Mode::words ? num_chains : 1][4];  // words: instead of the sums
 };
 
 }  // namespace flashmoe::pipeline

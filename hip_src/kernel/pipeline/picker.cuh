@@ -72,19 +72,23 @@ class Picker {
       if (!is_planned && (replay ? in_hand >= graph_.first_up() : in_hand >= decode.num_early())) {
         if (!is_asked_for) push(plan_item);
         is_asked_for = true;
+        const bool is_early = mode == Mode::words && !replay && decode.has_one_block();
+        if (is_early) hand_on_early(decode.place_of_up(in_hand), decode.tile_of_up(in_hand));
         begin();
         source.bind(heads());
-        if (fault_before_ != 0) *group_.stop_flag() = 1;
+        if (fault_before_ != 0) *group_.stop_flag() = Group::gave_up;
         if (asks_ahead) answer = source.ask();
         has_ticket = asks_ahead;
         if (!wait_for_plan()) return;
         decode.count();
         is_planned = true;
-        has_pick = replay || in_hand < decode.size();
+        has_pick = (replay || in_hand < decode.size()) && !(is_early && decode.is_up(in_hand));
         continue;
       }
       if (in_hand == none) break;
       has_pick = false;
+      const bool is_last = params.queue == QueueKind::ticket && is_planned && !has_ticket &&
+                           in_hand >= decode.first_of_last(params.num_workers);
       // but not past a chain: another worker may have none
       if (asks_ahead && is_planned && !has_ticket && decode.is_up(in_hand)) {
         answer = source.ask();
@@ -99,10 +103,15 @@ class Picker {
         task = decode(in_hand);
         length = decode.chain();
       }
-      for (u32 chain = starts_chain; length > 0; --length, chain = 0) {
-        if (chain == 0) task = graph_.next_in_chain(task);
-        hand_on(task, chain | (length == 1 ? ends_chain : 0));
+      if (mode == Mode::words && task.kind == TaskKind::down) {
+        hand_on_chain(task, length);
+      } else {
+        for (u32 chain = starts_chain; length > 0; --length, chain = 0) {
+          if (chain == 0) task = graph_.next_in_chain(task);
+          hand_on(task, chain | (length == 1 ? ends_chain : 0));
+        }
       }
+      if (is_last) break;
     }
   }
 
@@ -133,25 +142,32 @@ class Picker {
 
   //! In a chain the rows are those of the task before.
   __device__ __forceinline__ void hand_on(const Task& task, u32 chain) {
-    item_.kind = static_cast<u8>(task.kind);
+    fill(task, task.first, task.num_tokens, chain);
+    if (task.kind == TaskKind::up)
+      item_.row_tiles = graph_.up_width(task.tile) / 8;
+    else if (task.kind == TaskKind::down && chain & starts_chain)
+      item_.row_tiles = graph_.down_width(task.tile) / 16;
+    push(item_);
+  }
+  __device__ __forceinline__ void hand_on_chain(const Task& first_task, u32 length) {
+    fill(first_task, graph_.plan.active_offset[first_task.expert], length, starts_chain | ends_chain);
+    push(item_);
+  }
+  //! Its id and block are known when the plan is.
+  __device__ __forceinline__ void hand_on_early(u32 place, u32 tile) {
+    fill(Task{none, TaskKind::up, none, tile, none, 0, 0, none}, place, 0, starts_chain | ends_chain);
+    item_.row_tiles = 1;
+    item_.kind = early_item;
+    push(item_);
+    item_.kind = static_cast<u32>(TaskKind::up);
+  }
+  __device__ __forceinline__ void fill(const Task& task, u32 first, u32 count, u32 chain) {
+    item_.kind = static_cast<u32>(task.kind);
     item_.id = task.id, item_.expert = task.expert, item_.tile = task.tile;
     item_.block = task.block;
-    item_.first = static_cast<u16>(task.first), item_.num_tokens = static_cast<u16>(task.num_tokens);
+    item_.first = first, item_.count = count;
     item_.ticket_ns = item_.ready_ns = item_.turn_ns = ticket_ns_;
-    item_.chain = static_cast<u8>(chain);
-    if (task.kind == TaskKind::up) {
-      item_.row_tiles = static_cast<u8>(graph_.up_width(task.tile) / 8);
-    } else if (task.kind == TaskKind::down) {
-      if (chain & starts_chain) item_.row_tiles = static_cast<u8>(graph_.down_width(task.tile) / 16);
-      if constexpr (mode == Mode::words) {
-        const u16* entries = group_.template in_shared<u16>(group_.at.entries) + task.first;
-        u32 present = 0;
-#pragma unroll 1
-        for (u32 i = 0; i < task.num_tokens; ++i) present |= 1u << entries[i] / top_k;
-        item_.present = static_cast<u8>(present);
-      }
-    }
-    push(item_);
+    item_.chain = chain;
   }
 
   __device__ __forceinline__ void push(u8 kind) {

@@ -190,16 +190,25 @@ struct Planner {
       const u32 ordered = logit[i] != logit[i] ? 0u : (bits & 0x8000u) ? (~bits & 0xffffu) : (bits | 0x8000u);
       key[i] = i * 32 + lane < num_experts ? ordered << 16 | (0xffffu - (i * 32 + lane)) : 0u;
     }
+    // Each lane's in falling order: then the next one is the highest of the lanes' first.
+#pragma unroll
+    for (u32 i = 0; i < lane_experts; ++i) {
+#pragma unroll
+      for (u32 j = i + 1; j < lane_experts; ++j) {
+        const u32 a = key[i], b = key[j];
+        key[i] = a > b ? a : b;
+        key[j] = a > b ? b : a;
+      }
+    }
     u32 chosen = 0;
-#pragma unroll 1  // one after the other in any case, and fewer instructions to fetch
+#pragma unroll
     for (u32 r = 0; r < top_k; ++r) {
-      u32 best = 0;
+      const u32 best = __reduce_max_sync(~0u, key[0]);
+      const bool is_mine = key[0] == best;
 #pragma unroll
-      for (u32 i = 0; i < lane_experts; ++i) best = key[i] > best ? key[i] : best;
-      best = __reduce_max_sync(~0u, best);
+      for (u32 i = 0; i < lane_experts; ++i)
+        key[i] = !is_mine ? key[i] : i + 1 < lane_experts ? key[i + 1] : 0u;
       if (lane == r) chosen = best;
-#pragma unroll
-      for (u32 i = 0; i < lane_experts; ++i) key[i] = key[i] == best ? 0u : key[i];
     }
     expert = 0xffffu - (chosen & 0xffffu);
     const u32 ordered = chosen >> 16;
@@ -298,7 +307,7 @@ struct Planner {
   }
 
   //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
-  //! Complete when the first warp is done.
+  //! Complete when the warps that add up are done.
   template <Mode mode>
   __device__ void build(Plan& plan, Order order) const {
     const u32* mask = group.in_shared<u32>(group.at.mask);
@@ -320,19 +329,19 @@ struct Planner {
       }
     }
     hand_over<mode>();
-    if (warp == 0) {
-      add_up(plan, words > 1 ? count : mask, words > 1);
-      __syncwarp();
-      if (mode == Mode::words) make_lists(plan, mask, before, 32);
+    if (warp < adding_warps) {
+      add_up<mode>(plan, words > 1 ? count : mask, words > 1);
     } else if (warp == math_warps - 1 && !is_sorted) {
       prefetch_weights<mode>(words > 1 ? count : mask);
     }
-    if (mode == Mode::words && !is_sorted) return;
-    meet();
-    if (mode != Mode::words) {
-      make_lists(plan, mask, before, math_threads);
-      meet();
+    if (mode == Mode::words && !is_sorted) {  // so few pairs that who has added up makes the lists as well
+      if (warp >= adding_warps) return;
+      sm90::named_barrier<plan_barrier, 32 * adding_warps>();
+      return make_lists(plan, mask, before, 32 * adding_warps);
     }
+    meet();
+    make_lists(plan, mask, before, math_threads);
+    meet();
     if (is_sorted) sort_sequence<mode>(plan, order);
   }
 
@@ -369,51 +378,48 @@ struct Planner {
     return none;
   }
 
-  //! Prefix sums over the experts, a few each lane. With one PE all tokens are its own: most orders are that
-  //! of the ids.
+  //! Prefix sums over the experts: a warp has 32 of them, and adds up those before. With one PE all tokens are
+  //! its own: most orders are that of the ids. `count`: tokens, or a bit for each.
+  template <Mode mode>
   __device__ __forceinline__ void add_up(Plan& plan, const u32* count, bool is_counted) const {
-    const u32 block_tokens = tiling.block_tokens;
-    // three sums in a word: pairs (20 bits: at most 1024 x 16), blocks (20), active experts
-    constexpr u32 width = 20;
-    constexpr u64 low = (1u << width) - 1;
-    u32 tokens[lane_experts];
-    u64 total = 0;
-    auto summand = [&](u32 count) {
-      return u64{count} | u64{ceil_div(count, block_tokens)} << width | u64{count > 0 ? 1u : 0u} << 2 * width;
-    };
+    for (u32 own = warp; own < lane_experts; own += adding_warps) {
+      u32 before[2] = {}, mine[2] = {}, columns = 0;  // pairs; blocks, and active experts in the upper half
 #pragma unroll
-    for (u32 i = 0; i < lane_experts; ++i) {
-      const u32 expert = lane * lane_experts + i;
-      const u32 counted = expert < num_experts ? count[expert] : 0;
-      tokens[i] = is_counted ? counted : __popc(counted);
-      total += summand(tokens[i]);
-    }
-    u64 before = total;
-#pragma unroll 1
-    for (u32 step = 1; step < 32; step *= 2) {
-      const u64 other = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += other;
-    }
-    before -= total;
+      for (u32 i = 0; i < lane_experts; ++i) {
+        const u32 found = i * 32 + lane < num_experts ? count[i * 32 + lane] : 0;
+        const u32 tokens = is_counted ? found : __popc(found);
+        const u32 blocks = ceil_div(tokens, tiling.block_tokens) | (tokens > 0 ? 1u << 16 : 0u);
+        if (i < own) before[0] += tokens, before[1] += blocks;
+        if (i == own) mine[0] = tokens, mine[1] = blocks, columns = found;
+      }
 #pragma unroll
-    for (u32 i = 0; i < lane_experts; ++i) {
-      const u32 expert = lane * lane_experts + i;
+      for (u32 s = 0; s < 2; ++s) before[s] = __reduce_add_sync(~0u, before[s]);
+      u32 up_to[2] = {mine[0], mine[1]};
+#pragma unroll
+      for (u32 step = 1; step < 32; step *= 2) {
+#pragma unroll
+        for (u32 s = 0; s < 2; ++s) {
+          const u32 other = __shfl_up_sync(~0u, up_to[s], step);
+          if (lane >= step) up_to[s] += other;
+        }
+      }
+      const u32 expert = own * 32 + lane;
       if (expert >= num_experts) continue;
-      const u32 blocks = static_cast<u32>(before >> width & low),
-                active = static_cast<u32>(before >> 2 * width);
-      plan.entry_offset[expert] = static_cast<u32>(before & low);
+#pragma unroll
+      for (u32 s = 0; s < 2; ++s) before[s] += up_to[s];
+      const u32 active = (before[1] - mine[1]) >> 16, blocks = (before[1] - mine[1]) & 0xffffu;
+      plan.entry_offset[expert] = before[0] - mine[0];
       plan.block_offset[expert] = blocks;
       plan.active_offset[expert] = active;
-      if (tokens[i] > 0) {
+      if (mine[0] > 0) {
         plan.active[active] = plan.sequence[active] = expert;
         plan.sequence_offset[active] = blocks;
+        if (mode == Mode::words) group.in_shared<u32>(group.at.columns)[active] = columns;
       }
-      before += summand(tokens[i]);
       if (expert == num_experts - 1) {
-        const u32 all_blocks = static_cast<u32>(before >> width & low),
-                  all_active = static_cast<u32>(before >> 2 * width);
-        plan.entry_offset[num_experts] = static_cast<u32>(before & low);
-        plan.block_offset[num_experts] = plan.sequence_offset[all_active] = all_blocks;
+        const u32 all_active = before[1] >> 16;
+        plan.entry_offset[num_experts] = before[0];
+        plan.block_offset[num_experts] = plan.sequence_offset[all_active] = before[1] & 0xffffu;
         plan.active_offset[num_experts] = all_active;
       }
     }
@@ -424,7 +430,6 @@ struct Planner {
                                              u32 threads) const {
     const u16* topk = group.in_shared<u16>(group.at.topk);
     u16* entries = group.in_shared<u16>(group.at.entries);
-#pragma unroll 4
     for (u32 pair = thread; pair < num_tokens() * top_k; pair += threads) {
       const u32 expert = topk[pair], token = pair / top_k;
       if (expert >= num_experts) continue;

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "fibers.hpp"
@@ -101,6 +102,10 @@ inline bool __any_sync(unsigned mask, bool condition) { return __ballot_sync(mas
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const auto* all = fibers::meet_lanes("__reduce_max_sync", value);
   return static_cast<unsigned>(*std::max_element(all, all + 32));
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  const auto* all = fibers::meet_lanes("__reduce_add_sync", value);
+  return std::accumulate(all, all + 32, 0u, [](unsigned sum, auto x) { return sum + static_cast<unsigned>(x); });
 }
 
 // --- a work-group
