@@ -191,9 +191,10 @@ struct Group {
     return in_shared<volatile u32>(ready_at)[task % num_ready];
   }
   //! By a thread that began with the trace on.
-  __device__ __forceinline__ void keep_record(const Item& item, u32 id, u32 index) const {
+  __device__ __forceinline__ void keep_record(const Item& item, u32 id, u32 index,
+                                              u32 end_ns = sm90::timer_ns()) const {
     if (index >= params.trace_capacity) return;  // counted as dropped
-    const u32 end_ns = sm90::timer_ns(), low_ns = static_cast<u32>(begin_ns);
+    const u32 low_ns = static_cast<u32>(begin_ns);
     // what was given with the launch was in hand before it began
     const u32 start_ns = later(item.start_ns(), low_ns), ticket_ns = later(item.ticket_ns, low_ns),
               ready_ns = later(item.seen_ready_ns(), low_ns);

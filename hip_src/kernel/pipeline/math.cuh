@@ -31,6 +31,8 @@ class Mathematician {
   //! What comes before the plan, and the plan. False: there is nothing more to do.
   __device__ __forceinline__ bool make_plan() {
     const bool is_given = begin_given();
+    Planner::Given first{};  // on its way while the plan's item is waited for
+    if (mode == Mode::words && group_.params.given_idx != nullptr) first = planner_.given(threadIdx.x);
     Work work;
     for (;; ++num_tasks_) {
       if (!next_item(work)) return false;
@@ -45,13 +47,14 @@ class Mathematician {
           route(work, item);
         }
       }
-      record(item);
+      note(item);
       done_with_item();
     }
-    planner_.build<mode>(graph_.plan, group_.params.order);
+    planner_.build<mode>(graph_.plan, group_.params.order, first);
     __syncwarp();
     if (warp_ < adding_warps) sm90::arrive_if(group_.planned(), lane_ == 0);
     group_.wait(group_.planned(), 0);
+    keep_noted();
     if (graph_.plan.num_active() == 0 && !graph_.tiling.has_combine(graph_.shape)) write_zeros();
     done_with_item();
     return true;
@@ -399,18 +402,34 @@ class Mathematician {
       if (threadIdx.x == 0) item.turn_ns = sm90::timer_ns();
     }
   }
-  //! Of the tasks that the finish warps have no part in.
+  // Of the tasks that the finish warps have no part in. Those before the plan, which everybody waits for, are
+  // noted and kept later.
   __device__ __forceinline__ void record(const Item& item) const {
     if constexpr (traced) {
       sm90::named_barrier<math_barrier, math_threads>();
       if (threadIdx.x == 0) group_.keep_record(item, item.id, num_tasks_);
     }
   }
+  __device__ __forceinline__ void note(const Item& item) {
+    if constexpr (traced) {
+      if (!item.is(TaskKind::gate)) sm90::named_barrier<math_barrier, math_threads>();  // a gate ends with one
+      keep_noted();
+      noted_ = item;
+      noted_end_ns_ = sm90::timer_ns();
+    }
+  }
+  //! The last one.
+  __device__ __forceinline__ void keep_noted() const {
+    if (traced && threadIdx.x == 0 && noted_end_ns_ != 0)
+      group_.keep_record(noted_, noted_.id, num_tasks_ - 1, noted_end_ns_);
+  }
 
   Group& group_;
   TaskGraph& graph_;
   Planner planner_;
   u32 warp_, lane_;
+  Item noted_{};
+  u32 noted_end_ns_ = 0;
   u32 num_tasks_ = 0;
   u32 num_words_ = 0;  // tasks of chains that are one item
   Turn items_{0}, slots_{0}, partials_{1};

@@ -182,23 +182,18 @@ class Picker {
     group_.wait(group_.item_begun(items_.slot), items_.parity);
     group_.put(item, items_.slot);
     sm90::arrive(group_.item_full(items_.slot));
-    item_before_ = last_item_;
     last_item_ = items_;
     any_item_ = true;
-    ++num_pushed_;
     items_.advance(num_items);
   }
 
-  //! Until the stream has come to the last item: a worker that held more would take work from the others.
-  //! Where an item takes less time to stream than the next one to pick, to the last but one. A combine has
-  //! nothing to stream, and has to be done.
+  //! Until the stream has come to the last item: a worker that held more would take work from the others. A
+  //! combine has nothing to stream, and has to be done.
   __device__ __forceinline__ bool one_ahead() {
     if (!any_item_) return !group_.stopped();
-    const bool is_short = mode == Mode::words && item_.is(TaskKind::up) && num_pushed_ > 1;
-    const bool is_combine = item_.is(TaskKind::combine);
-    const u32 slot = is_short ? item_before_.slot : last_item_.slot;
-    const u32 parity = is_short ? item_before_.parity : last_item_.parity;
-    group_.wait(is_combine ? group_.item_free(slot) : group_.item_begun(slot), parity ^ 1);
+    const u32 slot = last_item_.slot;
+    group_.wait(item_.is(TaskKind::combine) ? group_.item_free(slot) : group_.item_begun(slot),
+                last_item_.parity ^ 1);
     return !group_.stopped();
   }
 
@@ -214,9 +209,8 @@ class Picker {
   u32 fault_before_ = 0;
   u32 ticket_ns_ = 0;
   Item item_{};
-  Turn items_{1}, last_item_{1}, item_before_{1};
+  Turn items_{1}, last_item_{1};
   bool any_item_ = false;
-  u32 num_pushed_ = 0;
 };
 
 }  // namespace flashmoe::pipeline
