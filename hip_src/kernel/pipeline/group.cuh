@@ -10,12 +10,12 @@ namespace flashmoe::pipeline {
 // Beside the kinds of tasks. An early item is an up task, by its place in the sequence, that is handed on
 // before the plan is there; or nothing, should there be no such place.
 constexpr u8 plan_item = 16, end_item = 17, early_item = 18;
+// A chain is an item for each of its tasks, or one, in words mode, where these are short.
 constexpr u8 starts_chain = 1, ends_chain = 2;
-//! A chain is an item for each of its tasks; in words mode, where these are short, it is one.
 
 //! What the warps must know of an item to do it: they read these 16 bytes at once.
 struct alignas(16) Work {
-  u32 kind : 8;       // TaskKind, plan_item or end_item
+  u32 kind : 8;       // a TaskKind, or one of the above
   u32 chain : 8;      // starts_chain, ends_chain: its place among the tasks of a pick
   u32 row_tiles : 8;  // 16 rows each
   u32 : 8;
@@ -133,9 +133,7 @@ struct Group {
   __device__ __forceinline__ u32 partial_free(u32 buffer) const {
     return barrier(2 * most_ring_slots + 4 * num_items + 2 + buffer);
   }
-  __device__ __forceinline__ u32 planned() const {
-    return barrier(2 * most_ring_slots + 4 * num_items + 4);
-  }
+  __device__ __forceinline__ u32 planned() const { return barrier(2 * most_ring_slots + 4 * num_items + 4); }
   template <Mode mode>
   __device__ void init_barriers() const {
     using R = Roles<mode>;

@@ -74,7 +74,8 @@ struct Split {
 constexpr u32 logit_replicas = 8;
 constexpr u32 sizeof_item = 48;
 constexpr u32 num_items = 8;  // tasks between the picking thread and the others
-constexpr u32 num_ready = 8;  // tasks of a chain that the loading warps may be ahead of the math warps, and more
+constexpr u32 num_ready =
+    8;  // tasks of a chain that the loading warps may be ahead of the math warps, and more
 constexpr u32 num_barriers = 2 * most_ring_slots + 4 * num_items + 5;
 // What is asked for all the time lies first in shared memory, at addresses that the compiler knows.
 constexpr u32 items_at = 0, barriers_at = num_items * sizeof_item, ready_at = barriers_at + num_barriers * 8,

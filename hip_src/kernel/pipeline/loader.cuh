@@ -179,7 +179,7 @@ class Loader {
   Group& group_;
   const TaskGraph& graph_;
   u32 warp_, lane_;
-  u32 num_words_ = 0;                      // tasks that took words
+  u32 num_words_ = 0;                    // tasks that took words
   u32 ready_begin_ = 0, ready_end_ = 0;  // blocks known to be there
   Turn items_{0}, slots_{1};
 };

@@ -168,9 +168,8 @@ class Mathematician {
   //! does not have counts as zeros.
   template <u32 k>
   __device__ __forceinline__ void multiply(const Work& work, u32 count, bool has_column = true) {
-    switch_over<1>(ceil_div(count, 8), [&](auto number) {
-      multiply_groups<k, decltype(number)::value>(work, has_column);
-    });
+    switch_over<1>(ceil_div(count, 8),
+                   [&](auto number) { multiply_groups<k, decltype(number)::value>(work, has_column); });
   }
   //! Calls with the number as a constant: the products of all groups are one straight piece of code.
   template <u32 first, class Call>
@@ -412,7 +411,8 @@ class Mathematician {
   }
   __device__ __forceinline__ void note(const Item& item) {
     if constexpr (traced) {
-      if (!item.is(TaskKind::gate)) sm90::named_barrier<math_barrier, math_threads>();  // a gate ends with one
+      if (!item.is(TaskKind::gate))
+        sm90::named_barrier<math_barrier, math_threads>();  // a gate ends with one
       keep_noted();
       noted_ = item;
       noted_end_ns_ = sm90::timer_ns();

@@ -389,8 +389,8 @@ struct Planner {
     return none;
   }
 
-  //! Prefix sums over the experts: a warp has 32 of them, and adds up those before. With one PE all tokens are
-  //! its own: most orders are that of the ids. `count`: tokens, or a bit for each.
+  //! Prefix sums over the experts: a warp has 32 of them, and adds up those before. With one PE all tokens
+  //! are its own: most orders are that of the ids. `count`: tokens, or a bit for each.
   template <Mode mode>
   __device__ __forceinline__ void add_up(Plan& plan, const u32* count, bool is_counted) const {
     for (u32 own = warp; own < lane_experts; own += adding_warps) {

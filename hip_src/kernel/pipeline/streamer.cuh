@@ -8,7 +8,11 @@ template <Mode mode>
 class Streamer {
  public:
   __device__ Streamer(Group& group, const TaskGraph& graph)
-      : group_(group), graph_(graph), tiling_(graph.tiling), lane_(threadIdx.x % 32), policy_(sm90::evict_first_policy()) {}
+      : group_(group),
+        graph_(graph),
+        tiling_(graph.tiling),
+        lane_(threadIdx.x % 32),
+        policy_(sm90::evict_first_policy()) {}
 
   __device__ void run() {
     const Params& params = group_.params;

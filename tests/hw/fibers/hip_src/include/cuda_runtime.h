@@ -105,7 +105,8 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
 }
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   const auto* all = fibers::meet_lanes("__reduce_add_sync", value);
-  return std::accumulate(all, all + 32, 0u, [](unsigned sum, auto x) { return sum + static_cast<unsigned>(x); });
+  return std::accumulate(all, all + 32, 0u,
+                         [](unsigned sum, auto x) { return sum + static_cast<unsigned>(x); });
 }
 
 // --- a work-group
