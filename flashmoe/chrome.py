@@ -113,7 +113,7 @@ def _names(trace: Trace, index: int, num_traces: int, pid_base: int) -> list[str
         events.append(_metadata(pid, 0, "process_sort_index", sort_index=pe * num_traces + index))
         for worker in range(trace.num_workers):
             domain = int(domains[pe, worker])
-            name = f"worker {worker}, XCD {domain}" if trace.num_domains > 1 else f"worker {worker}"
+            name = f"worker {worker}, {trace.domain_word} {domain}" if trace.num_domains > 1 else f"worker {worker}"
             events.append(_metadata(pid, worker, "thread_name", name=name))
             sort_index = domain * trace.num_workers + worker
             events.append(_metadata(pid, worker, "thread_sort_index", sort_index=sort_index))

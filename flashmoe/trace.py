@@ -133,6 +133,13 @@ class Trace:
         return min(int(self.header["num_domains"]), self.num_workers)
 
     @property
+    def domain_word(self) -> str:
+        """What a domain is called: an XCD of an AMD GPU; elsewhere a group of workers that share a counter."""
+        machine = str(self.header.get("machine"))
+        on_host = machine == "host" or self.header.get("machine_parameters", {}).get("num_cores", 0) > 0
+        return "group" if on_host or machine.startswith(("sm_", "h100", "h200", "b200")) else "XCD"
+
+    @property
     def simulated(self) -> bool:
         return self.header["executor"] in SIMULATORS
 

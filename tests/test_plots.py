@@ -41,7 +41,7 @@ from flashmoe.plots import (
     plot_worker_time,
 )
 from flashmoe.plots.roofline import flops_of
-from flashmoe.plots.style import TIME_COLOURS, domain_word
+from flashmoe.plots.style import TIME_COLOURS
 from flashmoe.plots.sweeps import column_label
 from flashmoe.routing import Routing
 from flashmoe.sim import TIME_SHARES, Totals
@@ -197,11 +197,13 @@ def test_layers_are_told_apart() -> None:
     [
         ({"machine": "mi300x", "machine_parameters": {"num_cores": 0}}, "XCD"),
         ({"machine": "host", "executor": "cpu"}, "group"),
+        ({"machine": "h200", "machine_parameters": {"num_cores": 0}}, "group"),
+        ({"machine": "sm_90", "executor": "cuda"}, "group"),
         ({"machine": "small", "machine_parameters": {"num_cores": 4}}, "group"),
     ],
 )
 def test_domains_are_called_what_they_are(header: dict[str, Any], word: str) -> None:
-    assert domain_word(small_trace(**header)) == word
+    assert small_trace(**header).domain_word == word
     minor = plot_timeline(small_trace(**header), new_ax()).get_yticklabels(minor=True)
     assert minor[0].get_text() == f"{word} 0, worker 0"
 

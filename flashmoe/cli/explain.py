@@ -71,10 +71,8 @@ def _print_path(trace: Trace, summary: dict[str, Any]) -> None:
 
 
 def _print_resources(trace: Trace, summary: dict[str, Any]) -> None:
-    from flashmoe.plots.style import domain_word
-
     use, queue = summary["utilisation"], summary["queue_length"]
-    domains = domain_word(trace)
+    domains = trace.domain_word
     workers = "CUs" if domains == "XCD" else "workers"
     columns: dict[str, list[str]] = {f"{workers} busy": [f"{share:.0%}" for share in use["cu"]]}
     if trace.num_domains > 1:

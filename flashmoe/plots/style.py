@@ -131,13 +131,6 @@ def num_layers(trace: Trace) -> int:
     return 1 + int(trace.records["layer"].max(initial=0))
 
 
-def domain_word(trace: Trace) -> str:
-    """What a domain is called: an XCD of an AMD GPU; on a host of threads, a group that shares a counter."""
-    header = trace.header
-    on_host = header.get("machine") == "host" or header.get("machine_parameters", {}).get("num_cores", 0) > 0
-    return "group" if on_host else "XCD"
-
-
 def workers_in_words(trace: Trace) -> str:
     noun = "worker" if trace.num_workers == 1 else "workers"
     pes = "" if trace.num_pes == 1 else f"{trace.num_pes} PEs x "

@@ -15,7 +15,6 @@ from flashmoe.plots.style import (
     SMALL,
     TIME_COLOURS,
     TimeUnit,
-    domain_word,
     empty_figure,
     how,
     label_time,
@@ -252,7 +251,7 @@ def _label_rows(ax: Axes, parts: list[tuple[Trace, _Rows]]) -> None:
     workers: list[tuple[float, str]] = []
     domains: list[tuple[float, str]] = []
     for trace, rows in parts:
-        word = domain_word(trace)
+        word = trace.domain_word
         for pe, start in enumerate(rows.pe_starts):
             major.append((rows.y(start + trace.num_workers / 2), f"PE {pe}"))
         domain_of = trace.worker_domains()
