@@ -274,8 +274,8 @@ def test_a_wrong_result_is_told_after_it_is_printed(checkpoint: Path, monkeypatc
 
 
 def test_a_deadline_is_a_failure(checkpoint: Path) -> None:
-    # two PEs cannot have told each other anything within a nanosecond
-    message = error_of(*run_on(checkpoint, "--deadline", "1e-9"), status=1)
+    # six PEs cannot have told each other everything within a nanosecond
+    message = error_of(*run_on(checkpoint, "--pes", "6", "--deadline", "1e-9"), status=1)
     assert "seen" in message and "wanted" in message
 
 
