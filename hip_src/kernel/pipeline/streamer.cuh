@@ -15,24 +15,16 @@ class Streamer {
         policy_(sm90::evict_first_policy()) {}
 
   __device__ void run() {
-    const Params& params = group_.params;
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) break;
       Work work = group_.work(items_.slot);
       group_.template complete<mode>(work, graph_.plan);
       if (work.kind == end_item) break;
-      const bool is_chain = mode == Mode::words && work.is(TaskKind::down);
-      if (is_chain) stream_chain(work);
-      if (!is_chain && lane_ == 0) sm90::arrive(group_.item_begun(items_.slot));
-      if (work.is(TaskKind::up)) {
-        stream<d_model>(work, params.up_tiles, params.gate_up,
-                        work.expert * (d_ff / 8) + work.tile * (tiling_.up_rows / 8));
-      } else if (!is_chain && work.is(TaskKind::down)) {
-        // by rows: the weights are read again for each block of the tokens
-        const u32 block_tokens = mode == Mode::rows ? tiling_.block_tokens : work.count;
-        for (u32 done = 0; done < work.count; done += block_tokens)
-          stream<d_ff>(work, params.down_tiles, params.down,
-                       work.expert * (d_model / 16) + work.tile * (tiling_.down_rows / 16));
+      if (mode == Mode::words && work.is(TaskKind::down)) {
+        stream_chain(work);
+      } else {
+        if (lane_ == 0) sm90::arrive(group_.item_begun(items_.slot));
+        stream_task(work);
       }
       __syncwarp();
       if (lane_ == 0) sm90::arrive(group_.item_free(items_.slot));
@@ -42,6 +34,19 @@ class Streamer {
   }
 
  private:
+  __device__ __forceinline__ void stream_task(const Work& work) {
+    const Params& params = group_.params;
+    if (work.is(TaskKind::up)) {
+      stream<d_model>(work, params.up_tiles, params.gate_up,
+                      work.expert * (d_ff / 8) + work.tile * (tiling_.up_rows / 8));
+    } else if (mode != Mode::words && work.is(TaskKind::down)) {
+      // by rows: the weights are read again for each block of the tokens
+      const u32 block_tokens = mode == Mode::rows ? tiling_.block_tokens : work.count;
+      for (u32 done = 0; done < work.count; done += block_tokens)
+        stream<d_ff>(work, params.down_tiles, params.down,
+                     work.expert * (d_model / 16) + work.tile * (tiling_.down_rows / 16));
+    }
+  }
   __device__ __forceinline__ void stream_chain(const Work& work) {
     for (u32 i = 0; i < work.count; ++i) {
       if (i + 1 == work.count && lane_ == 0) sm90::arrive(group_.item_begun(items_.slot));
