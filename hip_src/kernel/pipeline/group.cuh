@@ -9,9 +9,9 @@ namespace flashmoe::pipeline {
 
 // Beside the kinds of tasks. An early item is an up task, by its place in the sequence, that is handed on
 // before the plan is there; or nothing, should there be no such place.
-constexpr u8 plan_item = 16, end_item = 17, early_item = 18;
+constexpr u32 plan_item = 16, end_item = 17, early_item = 18;
 // A chain is an item for each of its tasks, or one, in words mode, where these are short.
-constexpr u8 starts_chain = 1, ends_chain = 2;
+constexpr u32 starts_chain = 1, ends_chain = 2;
 
 //! What the warps must know of an item to do it: they read these 16 bytes at once.
 struct alignas(16) Work {
@@ -23,7 +23,7 @@ struct alignas(16) Work {
   u32 first : 16, count : 16;
   u32 tile, expert;
 
-  __device__ __forceinline__ bool is(TaskKind of) const { return kind == static_cast<u8>(of); }
+  __device__ __forceinline__ bool is(TaskKind of) const { return kind == static_cast<u32>(of); }
   //! As of a task with all its rows: the last one, which may have fewer, needs no more room in a slot.
   template <Mode mode>
   __device__ __forceinline__ Split split(const Tiling& tiling) const {

@@ -47,7 +47,7 @@ constexpr u32 warp_chunks = 3, slot_chunks = warp_chunks * math_warps,
               weight_bytes = slot_chunks * chunk_bytes;
 //! More bytes in flight than the memory needs only queue in front of everything else.
 FLASHMOE_FN constexpr u32 ring_slots(Mode mode) { return mode == Mode::words ? 3 : 4; }
-constexpr u32 most_ring_slots = 4;
+constexpr u32 most_ring_slots = ring_slots(Mode::tiles);
 
 //! How a slot is shared out when a task has so many row tiles: a warp has one of them, and a part of k.
 struct Split {

@@ -75,11 +75,10 @@ class Mathematician {
 
   __device__ __forceinline__ void do_tasks() {
     clear_sums();
-    for (Work work; next_item(work); ++num_tasks_) {
+    for (Work work; next_item(work);) {
       Item& item = group_.item(items_.slot);
       group_.template complete<mode>(work, graph_.plan);
       if (mode == Mode::words && work.kind == plan_item) {
-        --num_tasks_;
         done_with_item();
         continue;
       }
@@ -99,6 +98,7 @@ class Mathematician {
         combine(work, item);
         record(item);
       }
+      ++num_tasks_;
       done_with_item();
     }
   }

@@ -170,7 +170,7 @@ class Picker {
     item_.chain = chain;
   }
 
-  __device__ __forceinline__ void push(u8 kind) {
+  __device__ __forceinline__ void push(u32 kind) {
     Item item{};
     item.kind = kind;
     push(item);
