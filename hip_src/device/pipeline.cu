@@ -99,7 +99,7 @@ struct Layer : FlashmoeLayer {
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(num_workers);
-    launch.blockDim = dim3(num_threads);
+    launch.blockDim = dim3(num_threads(chosen.mode));
     launch.dynamicSmemBytes = p.at.bytes;
     launch.stream = stream;
     launch.attrs = &overlap;

@@ -121,38 +121,34 @@ class Finisher {
     const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
     const float* weights = group_.in_shared<float>(group_.at.weights);
     next_partial();
-    if (warp_ == 0) {
-      const float4 sum = sum_of_tile();
-      const u32 row = work.tile * words_up_rows + lane_ / 4, column = lane_ % 4 * 2;
-      const bool has0 = column < work.count, has1 = column + 1 < work.count;
-      const u32 pair0 = has0 ? pairs[column] : 0, pair1 = has1 ? pairs[column + 1] : 0;
-      float h0 = swiglu(sum.x, sum.z), h1 = swiglu(sum.y, sum.w);
-      if (has0) h0 *= weights[pair0];
-      if (has1) h1 *= weights[pair1];
-      const float below0 = __shfl_down_sync(~0u, h0, 4), below1 = __shfl_down_sync(~0u, h1, 4);
-      u64* hidden = group_.in_workspace<u64>(group_.params.layout.hidden);
-      const u64 tag = u64{group_.epoch} << 32;
-      // relaxed: the word is the data, and the epoch in it says that it is there
-      const bool is_mine = lane_ / 4 % 2 == 0;
-      if (is_mine && has0)
-        store_relaxed<Scope::device>(hidden + (u64{pair0} * d_ff + row) / 2,
-                                     tag | sm90::as_bf16_pair(h0, below0));
-      if (is_mine && has1)
-        store_relaxed<Scope::device>(hidden + (u64{pair1} * d_ff + row) / 2,
-                                     tag | sm90::as_bf16_pair(h1, below1));
-    }
+    const float4 sum = sum_of_tile();
+    const u32 row = work.tile * words_up_rows + lane_ / 4, column = lane_ % 4 * 2;
+    const bool has0 = column < work.count, has1 = column + 1 < work.count;
+    const u32 pair0 = has0 ? pairs[column] : 0, pair1 = has1 ? pairs[column + 1] : 0;
+    float h0 = swiglu(sum.x, sum.z), h1 = swiglu(sum.y, sum.w);
+    if (has0) h0 *= weights[pair0];
+    if (has1) h1 *= weights[pair1];
+    const float below0 = __shfl_down_sync(~0u, h0, 4), below1 = __shfl_down_sync(~0u, h1, 4);
+    u64* hidden = group_.in_workspace<u64>(group_.params.layout.hidden);
+    const u64 tag = u64{group_.epoch} << 32;
+    // relaxed: the word is the data, and the epoch in it says that it is there
+    const bool is_mine = lane_ / 4 % 2 == 0;
+    if (is_mine && has0)
+      store_relaxed<Scope::device>(hidden + (u64{pair0} * d_ff + row) / 2,
+                                   tag | sm90::as_bf16_pair(h0, below0));
+    if (is_mine && has1)
+      store_relaxed<Scope::device>(hidden + (u64{pair1} * d_ff + row) / 2,
+                                   tag | sm90::as_bf16_pair(h1, below1));
     free_partial();
   }
 
   //! The sums of all experts of a chain.
   __device__ __forceinline__ void down_words(const Work& work) {
     next_partial();
-    if (warp_ == 0) {
-      const float4 sum = sum_of_tile();
-      const u32 row = work.tile * words_down_rows + lane_ / 4, token = lane_ % 4 * 2;
-      store(work, token, row, sum.x), store(work, token + 1, row, sum.y);
-      store(work, token, row + 8, sum.z), store(work, token + 1, row + 8, sum.w);
-    }
+    const float4 sum = sum_of_tile();
+    const u32 row = work.tile * words_down_rows + lane_ / 4, token = lane_ % 4 * 2;
+    store(work, token, row, sum.x), store(work, token + 1, row, sum.y);
+    store(work, token, row + 8, sum.z), store(work, token + 1, row + 8, sum.w);
     free_partial();
     end_chain(work);
   }
@@ -229,9 +225,10 @@ class Finisher {
 
   __device__ __forceinline__ void end_chain(const Work& work) const {
     if (!graph_.tiling.has_combine(graph_.shape)) return;
-    sm90::named_barrier<finish_barrier, finish_threads>();
-    // release: the barrier has brought the other warp's stores before this one's signal
-    if (warp_ == 0 && lane_ == 0)
+    static_assert(finish_warps == 1 || mode != Mode::words);
+    __syncwarp();
+    // release: __syncwarp has brought the other lanes' stores before this one's signal
+    if (lane_ == 0)
       sm90::add_release(group_.template in_workspace<u32>(group_.counters().done) +
                         graph_.tiling.group_of(work.expert));
   }

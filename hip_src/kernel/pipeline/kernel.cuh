@@ -11,7 +11,8 @@
 namespace flashmoe::pipeline {
 
 template <u32 groups, Mode mode, bool traced>
-__global__ void __launch_bounds__(num_threads, 1) moe_layer(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
+    moe_layer(const __grid_constant__ Params params) {
   using R = Roles<mode>;
   extern __shared__ __align__(128) char shared[];
   sm90::let_next_launch_start();

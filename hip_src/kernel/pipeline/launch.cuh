@@ -26,20 +26,25 @@ FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
   return is_small && num_tokens <= max_words_tokens ? Mode::words : Mode::rows;
 }
 
-// --- the work-group: 16 warps. 8 multiply, one takes picks, one streams weights; the others by mode: words
-// are polled, which takes many loads at once; where rows are many, their stores and the fences after them
-// take time.
-constexpr u32 math_warps = 8, num_threads = 512, math_threads = 32 * math_warps;
+// --- the work-group. 8 warps multiply, one takes picks, one streams weights; the others by mode: words are
+// polled, which takes many loads at once, so that each slot of the ring has a loading warp; where rows are
+// many, their stores and the fences after them take time.
+constexpr u32 math_warps = 8, math_threads = 32 * math_warps;
 template <Mode mode>
 struct Roles {
-  static constexpr u32 finish_warps = mode == Mode::words ? 2 : 3, load_warps = mode == Mode::words ? 4 : 2,
+  static constexpr u32 finish_warps = mode == Mode::words ? 1 : 3, load_warps = mode == Mode::words ? 3 : 2,
                        signal_warps = mode == Mode::words ? 0 : 1;
   static constexpr u32 most_rows = mode == Mode::words ? 8 : mode == Mode::rows ? 32 : 64;  // of a block
   static constexpr u32 finish_threads = 32 * finish_warps;
   static constexpr u32 pick = math_warps + finish_warps, stream = pick + 1, load = stream + 1,
                        signal = load + load_warps;
-  static_assert(32 * (signal + signal_warps) == num_threads);
+  static constexpr u32 num_threads = 32 * (signal + signal_warps);
 };
+FLASHMOE_FN constexpr u32 num_threads(Mode mode) {
+  return mode == Mode::words  ? Roles<Mode::words>::num_threads
+         : mode == Mode::rows ? Roles<Mode::rows>::num_threads
+                              : Roles<Mode::tiles>::num_threads;
+}
 
 // --- the ring. Weights come in chunks of 16 rows x 32 k. A slot holds the same k of all row tiles of a task,
 // 3 chunks for each math warp, and the tokens' elements of that k.

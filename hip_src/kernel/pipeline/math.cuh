@@ -31,8 +31,6 @@ class Mathematician {
   //! What comes before the plan, and the plan. False: there is nothing more to do.
   __device__ __forceinline__ bool make_plan() {
     const bool is_given = begin_given();
-    Planner::Given first{};  // on its way while the plan's item is waited for
-    if (mode == Mode::words && group_.params.given_idx != nullptr) first = planner_.given(threadIdx.x);
     Work work;
     for (;; ++num_tasks_) {
       if (!next_item(work)) return false;
@@ -50,7 +48,7 @@ class Mathematician {
       note(item);
       done_with_item();
     }
-    planner_.build<mode>(graph_.plan, group_.params.order, first);
+    planner_.build<mode>(graph_.plan, group_.params.order);
     __syncwarp();
     if (warp_ < adding_warps) sm90::arrive_if(group_.planned(), lane_ == 0);
     group_.wait(group_.planned(), 0);

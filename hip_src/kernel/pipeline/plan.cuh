@@ -257,26 +257,15 @@ struct Planner {
     }
   }
 
-  //! A pair of the routing that was given.
-  struct Given {
-    std::int32_t expert;
-    float weight;
-  };
-  __device__ __forceinline__ Given given(u32 pair) const {
-    if (pair >= num_tokens() * top_k) return Given{-1, 0};
-    return Given{group.params.given_idx[pair], group.params.given_weights[pair]};
-  }
-
-  //! Experts and weights of all tokens, into shared memory. A dropped slot is `not_routed`. `first`: this
-  //! thread's of those that were given, in words mode.
+  //! Experts and weights of all tokens, into shared memory. A dropped slot is `not_routed`.
   template <Mode mode>
-  __device__ void gather_routing(Given first) const {
+  __device__ void gather_routing() const {
     const u32 pairs = num_tokens() * top_k;
     const Params& params = group.params;
     if (params.given_idx != nullptr) {
       for (u32 i = thread; i < pairs; i += math_threads) {
-        const Given pair = mode == Mode::words ? first : given(i);  // words: no thread has two
-        set_pair<mode>(i, pair.expert < 0 ? not_routed : static_cast<u32>(pair.expert), pair.weight);
+        const std::int32_t expert = params.given_idx[i];
+        set_pair<mode>(i, expert < 0 ? not_routed : static_cast<u32>(expert), params.given_weights[i]);
       }
     } else if constexpr (mode == Mode::words) {
       // each work-group does the top-k of all tokens: one trip instead of two
@@ -320,14 +309,14 @@ struct Planner {
   //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
   //! Complete when the warps that add up are done.
   template <Mode mode>
-  __device__ void build(Plan& plan, Order order, Given first) const {
+  __device__ void build(Plan& plan, Order order) const {
     const u32* mask = group.in_shared<u32>(group.at.mask);
     u32* count = group.in_shared<u32>(group.at.key);
     u16* before = group.in_shared<u16>(group.at.before);  // tokens of an expert before each word of its mask
     const u32 words = mask_words();
     const bool is_sorted = order == Order::arrival || order == Order::lpt;
     meet();  // the masks are clear
-    gather_routing<mode>(first);
+    gather_routing<mode>();
     if (words > 1) {
       meet();
       for (u32 expert = thread; expert < num_experts; expert += math_threads) {
