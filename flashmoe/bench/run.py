@@ -33,16 +33,18 @@ def bench(
     peers: Sequence[str],
     *,
     num_layers: int,
+    num_sets: int | None = None,
     repeats: int,
     seed: int,
     progress: Progress,
 ) -> Result:
     """Measure on the current CUDA device. policies: beside "tuned", which is always measured, and first.
+    num_sets: weight sets that the layers take in turn; None: `num_weight_sets`.
 
     Raises: ValueError for a routing or policy that does not exist; what `DeviceLayer` raises.
     """
     variants = policy_variants([name for name in policies if name != "tuned"])
-    sets = WeightSets(model, num_weight_sets(model), "cuda", seed)
+    sets = WeightSets(model, num_sets or num_weight_sets(model), "cuda", seed)
     cells = [make_cell(model, sets, n, routing, num_layers, seed) for routing in routings for n in tokens]
     run = _Run(model, sets, repeats, progress, len(cells) * (1 + len(peers) + len(variants)))
     header = _header(model, sets, num_layers, repeats, seed)

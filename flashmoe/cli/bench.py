@@ -58,6 +58,15 @@ def bench(
     ] = "tuned",
     peers: Annotated[str, typer.Option(metavar="P,P,...", help=f"all, none, or of {', '.join(PEERS)}.")] = "all",
     layers: Annotated[int, typer.Option(min=1, help="In one CUDA graph.")] = 8,
+    weight_sets: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            show_default="as few as hold 2 GB",
+            help="Different weights that the layers take in turn. A model has one for each layer: with 48 layers and "
+            "16 sets the L2 cache holds nothing that is read again.",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed replays of each graph.")] = 30,
     seed: inputs.Seed = 0,
     out: Annotated[
@@ -85,7 +94,8 @@ def bench(
         sizes = inputs.load_model(model, None)
         measure = _measurer()
         with progress("measuring") as tick:
-            result = measure(sizes, *given, num_layers=layers, repeats=repeats, seed=seed, progress=tick)
+            options = {"num_layers": layers, "num_sets": weight_sets, "repeats": repeats, "seed": seed}
+            result = measure(sizes, *given, **options, progress=tick)
         result.header["command"] = shlex.join(["flashmoe", *sys.argv[1:]])
     if out is not None:
         _write(result, out)
