@@ -163,7 +163,7 @@ def utilisation(trace: Trace, tables: Sequence[TaskTable] | None = None) -> Util
     makespan_ns = max(1, trace.makespan_ps) / 1000.0
     hbm = egress = link = None
     if memory := _parameter(trace, "hbm_bytes_per_ns"):
-        hbm = np.bincount(records["pe"], records["hbm_bytes"], num_pes) / (memory * pe_speeds(trace)) / makespan_ns
+        hbm = np.bincount(records["pe"], trace.memory_bytes, num_pes) / (memory * pe_speeds(trace)) / makespan_ns
     if (one_link := _parameter(trace, "link_bytes_per_ns")) and num_pes > 1:
         port = _parameter(trace, "port_bytes_per_ns") or one_link * (num_pes - 1)
         egress = np.bincount(records["pe"], records["link_bytes"], num_pes) / port / makespan_ns
@@ -195,7 +195,7 @@ def streams(trace: Trace) -> Trace:
     """The same tasks, each from the moment its weights began to stream to the last of them.
 
     A CU streams for one task at a time. With prefetch it begins when the worker has the task and its PE the plan,
-    else when the task starts. So `streams(trace).spread(trace.records["hbm_bytes"], edges_ps)` is the memory traffic
+    else when the task starts. So `streams(trace).spread(trace.memory_bytes, edges_ps)` is the memory traffic
     over time. A trace that does not record when weights were there is returned as it is.
     """
     records = trace.records
@@ -365,7 +365,7 @@ def memory_time(trace: Trace) -> MemoryTime | None:
     bytes_per_ps = bytes_per_ns * float(speeds[pes].mean()) / 1000.0
     read = streams(trace)
     edges_ps = np.append(_reading_ps(read, pe), trace.makespan_ps)
-    read_bytes = read.spread(read.records["hbm_bytes"], edges_ps)[pes].sum(axis=0)
+    read_bytes = read.spread(read.memory_bytes, edges_ps)[pes].sum(axis=0)
     unused_ps = np.diff(edges_ps) - read_bytes / bytes_per_ps
     launch_ps, gap_us = _parameter(trace, "launch_ps") or 0, trace.header.get("gap_us")
     gaps_ps = 0.0 if gap_us is None else (len(edges_ps) // 2 - 2) * (launch_ps + gap_us * 1e6)

@@ -197,10 +197,10 @@ def _flows(trace: Trace, tracks: _Tracks, index: int, pid_base: int) -> list[str
 
 def _hbm_counter(trace: Trace, pid_base: int) -> list[str]:
     makespan_ns = -(-trace.makespan_ps // 1000)
-    if not trace.records["hbm_bytes"].any():
+    if not trace.memory_bytes.any():
         return []
     edges_ns: NDArray[np.int64] = np.unique(np.linspace(0, makespan_ns, NUM_COUNTER_STEPS + 1).astype(np.int64))
-    bytes_per_ns = streams(trace).spread(trace.records["hbm_bytes"], edges_ns * 1000) / np.diff(edges_ns)
+    bytes_per_ns = streams(trace).spread(trace.memory_bytes, edges_ns * 1000) / np.diff(edges_ns)
     events = []
     for pe in range(trace.num_pes):
         values = [*bytes_per_ns[pe].tolist(), 0.0]  # back to 0 at the end of the last step

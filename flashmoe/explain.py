@@ -207,7 +207,7 @@ def _meanwhile(path: CriticalTime, begin_ps: int, end_ps: int) -> str:
 
 
 def _again_in_words(trace: Trace) -> str:
-    read, distinct = int(trace.records["hbm_bytes"].sum()), int(distinct_bytes(trace).sum())
+    read, distinct = int(trace.memory_bytes.sum()), int(distinct_bytes(trace).sum())
     return (
         f"{read / 1e6:.1f} MB on all PEs, {read / distinct:.1f} times the {distinct / 1e6:.1f} MB of distinct weights"
     )

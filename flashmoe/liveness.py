@@ -19,6 +19,11 @@ and picks are never given back, which gives
    what the list has next, so what it may take next depends on what has run alone.
 4. Otherwise look-ahead may come too late or hoard picks: with a list d1 c d2, where the combine c needs d2, a worker
    gets to d2 only if it finds d1 not ready. `search` tries all timings of small layers.
+5. Workers that run their picks in order and take one more while the oldest waits (`Machine.in_order`) may hoard the one
+   that another needs. But where one worker a PE gets through its order, there is an order of all tasks, L, that agrees
+   with every PE's. Of those that have not run take the first in L: its inputs are there. Whoever has it holds nothing
+   before it, as that would come first in L, too (and holds nothing else at all if it is from another domain). If nobody
+   has it, nobody of its domain holds anything, as that would be from before it, so one of them takes it.
 
 Layers in a row: nothing of a layer waits for a later one, and a worker that comes late is a matter of timing. So
 layers are checked one by one.

@@ -90,6 +90,12 @@ class Machine:
         "with prefetch, a worker asks for its next pick when it starts a task, not when that task's weights are there",
         default=False,
     )
+    in_order: bool = _parameter(
+        "flag",
+        "a worker runs its picks in the order in which it took them, and takes one more while the oldest waits: a "
+        "policy's look-ahead does not count",
+        default=False,
+    )
     # signals inside a PE
     signal_ps: int = _parameter("ps", "release to being seen by a CU of another domain, memory idle")
     signal_near_ps: int = _parameter("ps", "release to being seen by a CU of the same domain, memory idle")
@@ -130,6 +136,12 @@ class Machine:
     matrix_tokens: int = _parameter("count", "tokens of a matrix instruction: a task's are padded to it", default=1)
     matrix_rows: int = _parameter("count", "weight rows of a matrix instruction: a task's are padded to it", default=1)
     cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    cache_bytes: int = _parameter(
+        "count",
+        "weights come from the cache until so many bytes of others have been read from memory; 0: always from memory",
+        least=0,
+        default=0,
+    )
     feed_bytes_per_ns: float = _parameter(
         "bytes/ns",
         "weights from where they have arrived through the products, one CU, however few tokens; 0: no limit",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,12 +63,16 @@ def to_schedule(policy: Policy, table: TaskTable, num_workers: int) -> Schedule:
     return schedule
 
 
-def check_policy(policy: Policy, table: TaskTable, num_workers: int, *, num_domains: int = 1) -> None:
+def check_policy(
+    policy: Policy, table: TaskTable, num_workers: int, *, num_domains: int = 1, in_order: bool = False
+) -> None:
     """Raises ScheduleError, naming the policy, unless every pick is run exactly once and no timing leaves a worker
     waiting for ever.
 
-    num_workers: of a PE. num_domains: ticket counters of a PE, for queue="domain".
+    num_workers: of a PE. num_domains: ticket counters of a PE, for queue="domain". in_order: as `Machine.in_order`.
     """
+    if in_order and policy.queue != "push":
+        policy = replace(policy, look_ahead=0)
     if policy.queue in ("static", "replay"):
         to_schedule(policy, table, num_workers)
         return
@@ -78,7 +82,9 @@ def check_policy(policy: Policy, table: TaskTable, num_workers: int, *, num_doma
             _check_push(table, orders)
         else:
             domains = num_domains if policy.queue == "domain" else 1
-            check_order(table, orders, num_workers, num_domains=domains, look_ahead=policy.look_ahead)
+            check_order(
+                table, orders, num_workers, num_domains=domains, look_ahead=policy.look_ahead, in_order=in_order
+            )
 
 
 def check_schedule(
@@ -101,10 +107,17 @@ def check_schedule(
 
 
 def check_order(
-    table: TaskTable, orders: Sequence[Sequence[int]], num_workers: int, *, num_domains: int = 1, look_ahead: int = 0
+    table: TaskTable,
+    orders: Sequence[Sequence[int]],
+    num_workers: int,
+    *,
+    num_domains: int = 1,
+    look_ahead: int = 0,
+    in_order: bool = False,
 ) -> None:
     """Checks orders, [pe] ids of picks by rank, whose picks workers take from counters: the queues `ticket` and
-    `domain`. Domain d of `num_domains` owns ranks d, d + D, ...
+    `domain`. Domain d of `num_domains` owns ranks d, d + D, ... in_order: workers run their picks in the order in which
+    they take them, and take one more while one waits; accepted is then what one worker a PE gets through.
 
     Raises ScheduleError as `check_schedule` does. Who gets which pick is a matter of timing, too.
     """
@@ -113,6 +126,8 @@ def check_order(
     for pe, ids in enumerate(orders):
         _check_complete(table, pe, [ids], "order", lambda _, rank: f"rank {rank}")
     rows = [_rows(table, pe, ids) for pe, ids in enumerate(orders)]
+    if in_order:
+        num_workers, num_domains, look_ahead = 1, 1, 0  # 5
     _check_liveness(Graph(table), Queues.of_counters(rows, num_workers, num_domains), look_ahead)
 
 

@@ -48,14 +48,25 @@ TRACE_DTYPE = np.dtype(
         ("done_ps", "i8"),  # weights and arithmetic done, the fixed part and remote stores follow; else as end_ps
         ("end_ps", "i8"),
         ("peer", "i4"),  # the other PE of an exchange, -1 for none
-        ("flags", "u4"),
-        ("hbm_bytes", "u8"),
+        ("flags", "u4"),  # TraceFlag in hip_src/include/flashmoe/trace.hpp, and FROM_CACHE
+        ("hbm_bytes", "u8"),  # weights that the task streams
         ("link_bytes", "u8"),
     ]
 )
 
+# A flag: what the task streams lies in the cache, the memory has no part in it. Only simulators know.
+FROM_CACHE = 8
+
 # Figures, exports and comparisons cannot do without these; they say "unknown" for any other that is missing.
 REQUIRED_KEYS = ("executor", "ep_size", "num_workers", "num_domains")
+
+
+def memory_bytes(records: NDArray[np.void]) -> NDArray[np.int64]:
+    """(num_tasks,) weights that each of these tasks brings from memory, not from a cache [bytes]."""
+    num_bytes: NDArray[np.int64] = records["hbm_bytes"].astype(np.int64)
+    num_bytes[records["flags"] & FROM_CACHE > 0] = 0
+    return num_bytes
+
 
 MEMBERS = ("records", "critical_path", "header")
 
@@ -163,6 +174,11 @@ class Trace:
         """(num_tasks,) time from start to end."""
         duration: NDArray[np.int64] = self.records["end_ps"] - self.records["start_ps"]
         return duration
+
+    @property
+    def memory_bytes(self) -> NDArray[np.int64]:
+        """(num_tasks,) weights that each task brings from memory, not from a cache [bytes]."""
+        return memory_bytes(self.records)
 
     @property
     def busy_ps(self) -> NDArray[np.int64]:

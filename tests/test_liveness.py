@@ -207,13 +207,19 @@ def test_engines_get_stuck_only_where_it_was_foretold(name, queue, num_workers, 
     orders = shuffled(table, rng)
     lists = dealt(orders, num_workers, rng) if queue == "replay" else None
     if lists is not None:
-        refused = refuses(check_schedule, table, lists, num_workers, look_ahead)
+        refused = refuses(check_schedule, table, lists, num_workers, 0 if machine.in_order else look_ahead)
     else:
-        domains = machine.num_domains if queue == "domain" else 1
-        refused = refuses(check_order, table, orders, num_workers, num_domains=domains, look_ahead=look_ahead)
+        options = {
+            "num_domains": machine.num_domains if queue == "domain" else 1,
+            "look_ahead": look_ahead,
+            "in_order": machine.in_order,
+        }
+        refused = refuses(check_order, table, orders, num_workers, **options)
     policy = Handed(queue, look_ahead, orders)
     # without look-ahead, and for lists with 1 and no chains, all timings get equally far
     is_certain = look_ahead == 0 or (queue == "replay" and look_ahead == 1 and name != "rows")
+    if machine.in_order:
+        is_certain = queue == "replay"
     for engine in ENGINES:
         if deadlocks(engine, table, machine, num_workers, policy, lists, seed):
             assert refused
@@ -249,6 +255,13 @@ def test_a_counter_needs_as_many_workers_as_wait():
     check_order(table, order, 2, look_ahead=1)
     # one worker may hold both downs, though the other is free
     check_order(table, order, 1, look_ahead=2)
+
+
+def test_in_order_a_worker_may_hold_what_another_needs():
+    table = TABLES["tile"]
+    order = [[ROUTE, DOWN_0, DOWN_1, UP_0, UP_1, COMBINE]]
+    assert refuses(check_order, table, order, 3, in_order=True)  # behind a down one may have taken an up
+    check_order(table, [[ROUTE, UP_0, DOWN_0, UP_1, DOWN_1, COMBINE]], 3, num_domains=2, in_order=True)
 
 
 def test_thieves_come_when_their_own_domain_is_exhausted():

@@ -314,6 +314,26 @@ def test_a_worker_decodes_its_ranks_as_the_graph_does(layer):
                     assert table._native.wrongly_decoded(pe, order, stride).tolist() == []
 
 
+@pytest.mark.parametrize(
+    ("down", "combine_tokens", "num_workers", "rank"),
+    [
+        # 1 gate, 1 route; 2 experts x 3 up; 2 experts x 2 down; 2 tokens' combine: the last 2
+        ("tile", 1, 5, 12),
+        ("tile", 1, 1, 13),
+        ("tile", 2, 5, 12),  # both tokens in one combine
+        # by rows: 2 chains, of both experts, and no combine
+        ("rows", 1, 5, 8),
+        ("rows", 1, 1, 9),
+    ],
+)
+def test_whoever_has_one_of_the_last_picks_need_not_ask_for_more(down, combine_tokens, num_workers, rank):
+    model = MoEModel(d_model=8, d_ff=6, num_experts=2, top_k=2)
+    rows = {"up_rows": 2, "down_rows": 4, "block_tokens": 2, "gate_tokens": 2, "gate_experts": 2}
+    tiling = Tiling(down=down, combine_tokens=combine_tokens, **rows)
+    table = TaskTable(model, Routing.one(model, 2, 1), tiling)
+    assert table._native.first_of_last(0, ORDERS.index("phase"), num_workers) == rank
+
+
 def interleave(table, heads):
     """Play each PE's order in turn as far as its inputs allow; a PE that is stuck waits for the others."""
     done = np.zeros(len(table.event_target), np.int64)

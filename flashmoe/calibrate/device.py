@@ -54,6 +54,7 @@ def device_parameters(measured: Measurements) -> dict[str, Parameter]:
     parameters["cache_bytes_per_ns"] = _rate(
         read, "l2_read: 64 KiB that lie in L2, read by 256 threads beside the streams"
     )
+    parameters["cache_bytes"] = _cache_bytes(measured)
     product = measured.one(
         "mma_m16n8k16_bf16",
         "rate_of_an_sm",
@@ -115,6 +116,33 @@ def _memory(measured: Measurements) -> dict[str, Parameter]:
         "cu_bytes_per_ns": _rate(one, f"{what}: one CU alone"),
         "knee": Parameter(round(exponent, 3), 0.0, "fitted", fitted),
     }
+
+
+def _cache_bytes(measured: Measurements) -> Parameter:
+    by_lag = {lag: one.median for lag, one in measured.over("lag_mb", "reuse", "total", slots=SLOTS).items()}
+    by_cus = measured.over("sms", "read_bandwidth", "total", slots=SLOTS)
+    first, last = min(by_lag), max(by_lag)
+    return Parameter(
+        round(mean_lag(by_lag, by_cus[max(by_cus)].median) * 1e6),
+        max(np.diff(sorted(by_lag))) * 1e6 / 2,
+        "fitted",
+        f"reuse: two SMs read each chunk, one of them {first} to {last} MB behind the other: "
+        f"{by_lag[first]:.0f} to {by_lag[last]:.0f} GB/s of all",
+    )
+
+
+def mean_lag(total_by_lag: dict[int, float], memory: float) -> float:
+    """After how many bytes of others what was read leaves the cache, on average over what was read, as lags are given.
+
+    Two CUs read the same, the second some lag behind the first. What both read together says which share of it the
+    second one still found in the cache: all with no lag, and none where both get no more than the memory gives. The
+    integral of that share over the lag is the mean lag at which it leaves.
+    total_by_lag: 0 among the lags. memory: what it gives to all CUs, in the same unit.
+    """
+    lags = np.array(sorted(total_by_lag), np.float64)
+    totals = np.array([total_by_lag[int(lag)] for lag in lags])
+    found = np.clip((totals - memory) / (totals[0] - memory), 0.0, 1.0)
+    return float(((found[1:] + found[:-1]) / 2) @ np.diff(lags))
 
 
 def _full_load(memory: dict[str, Parameter], num_cus: int) -> float:

@@ -23,8 +23,8 @@ from flashmoe.model import MoEModel
 from flashmoe.policy import resolve
 from flashmoe.routing import Routing
 
-# as few as there are, as many as go as words, as lists, and so many that lists take time
-TOKENS = (1, 4, 8, 16, 64, 256)
+# By tokens: as few as there are, as many as go as words, as lists, so many that lists take time; and full blocks.
+ROUTINGS = {1: "uniform", 4: "uniform", 8: "uniform", 16: "uniform", 64: "uniform", 128: "hot:16", 256: "uniform"}
 
 _LIMIT_S = 100.0
 
@@ -54,9 +54,9 @@ def measure_device(folder: str | Path, *, tell: Tell | None = None) -> Measureme
 def measure_single_tasks(model: MoEModel, *, repeats: int = 3, seed: int = 0) -> list[MeasuredLayer]:
     """Launch layers with one worker. Raises: as `DeviceLayer`."""
     launches = []
-    for tokens in TOKENS:
+    for tokens, routing in ROUTINGS.items():
         policy = resolve("static_phase", tuned(tokens).tiling)
-        launches.append(Launch(policy, Routing.uniform(model, tokens, 1, seed=seed), workers=1))
+        launches.append(Launch(policy, Routing.parse(routing, model, tokens, 1, seed), workers=1))
     return measure_layers(model, launches, repeats=repeats, seed=seed)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,14 @@ from flashmoe.validate import kind_errors, simulate_as
 
 # Kinds that have a fixed part, and those of them whose weights go through the ring.
 _TIMED, _FED = ("gate", "route", "up", "down", "combine"), ("up", "down")
+
+
+class Step(NamedTuple):
+    """Tasks of a kind and size: bytes of weights and activations, mean time from one start to the next."""
+
+    num_bytes: float
+    io_bytes: float
+    step_ns: float
 
 
 def bare_machine(machine: Machine, measured: Measurements) -> Machine:
@@ -56,7 +64,7 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
         if missing_ns:
             # Tasks are finished one after the other, beside the next: each waits for those before, and what it takes
             # itself is no more than the least time from one start to the next.
-            least_ns = min((step_ns for _, step_ns in steps.get(kind, [])), default=None)
+            least_ns = min((step.step_ns for step in steps.get(kind, [])), default=None)
             parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker", least_ns)
     # where all are in chains: the same warps end both
     parameters.setdefault("down_overhead_ps", parameters["up_overhead_ps"])
@@ -71,18 +79,17 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     return parameters
 
 
-def _feed(steps: Sequence[tuple[float, float]], bare: Machine) -> dict[str, Parameter]:
-    """What a task costs where its weights do not hold it up: a fixed part and a time for each byte.
+def _feed(steps: Sequence[Step], bare: Machine) -> dict[str, Parameter]:
+    """What a task costs where its weights do not hold it up, beside its activations: a fixed part, a time a byte.
 
-    Least squares of the relative error of the time from start to start. steps: of each kind and size, see
-    `_start_to_start`.
+    Least squares of the relative error of the time from start to start. steps: of each kind and size.
     """
-    num_bytes, step_ns = np.array(steps).T
-    weights = 1 / step_ns
-    slope, fixed = np.polyfit(num_bytes, step_ns, 1, w=weights)
-    if slope * num_bytes.max() + fixed <= 1.05 * num_bytes.max() / bare.cu_bytes_per_ns:
+    num_bytes, io_bytes, step_ns = np.array(steps).T
+    weights, products_ns = 1 / step_ns, step_ns - io_bytes / bare.cache_bytes_per_ns
+    slope, fixed = np.polyfit(num_bytes, products_ns, 1, w=weights)
+    if np.mean(step_ns * bare.cu_bytes_per_ns / num_bytes) <= 1.05:
         slope = fixed = 0.0  # a CU's stream is slower: nothing was seen of the kernel
-    spread = float(np.std(weights * (slope * num_bytes + fixed) - 1))
+    spread = float(np.std(weights * (slope * num_bytes + fixed - products_ns)))
     told = f"start to start of up and down tasks of one worker, {len(steps)} kinds and sizes: {spread:.0%} rms"
     rate = 0.0 if slope <= 0 else 1 / float(slope)
     return {
@@ -91,8 +98,8 @@ def _feed(steps: Sequence[tuple[float, float]], bare: Machine) -> dict[str, Para
     }
 
 
-def _start_to_start(layer: MeasuredLayer, kind: str) -> tuple[float, float] | None:
-    """Bytes of a task and the mean time from one start to the next [ns]; None without two picks of the kind.
+def _start_to_start(layer: MeasuredLayer, kind: str) -> Step | None:
+    """Of the tasks of a kind; None without two picks.
 
     Of a chain only the first start counts: how its tasks are told apart inside is the kernel's matter.
     """
@@ -103,7 +110,9 @@ def _start_to_start(layer: MeasuredLayer, kind: str) -> tuple[float, float] | No
     heads = heads[np.argsort(records["start_ps"][heads], kind="stable")]
     num_tasks = int(tasks["chain"][heads[:-1]].sum())
     passed_ps = int(records["start_ps"][heads[-1]] - records["start_ps"][heads[0]])
-    return float(np.median(tasks["weight_bytes"][heads])), passed_ps / num_tasks / 1000
+    of_kind = tasks[tasks["kind"] == KINDS.index(kind)]
+    num_bytes, io_bytes = float(np.median(of_kind["weight_bytes"])), float(of_kind["io_bytes"].mean())
+    return Step(num_bytes, io_bytes, passed_ps / num_tasks / 1000)
 
 
 def _fixed(missing_ns: list[float], what: str, most_ns: float | None = None) -> Parameter:

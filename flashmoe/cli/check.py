@@ -123,7 +123,8 @@ def check(
     with progress("trying every timing") as tick:
         for layer, table in enumerate(tables):
             try:
-                check_policy(chosen, table, num_workers, num_domains=min(gpu.num_domains, num_workers))
+                domains = min(gpu.num_domains, num_workers)
+                check_policy(chosen, table, num_workers, num_domains=domains, in_order=gpu.in_order)
             except ScheduleError as error:
                 refused = error
                 break

@@ -72,7 +72,7 @@ def plot_hbm(trace: Trace, ax: Axes, *, per_pe: bool = False, ceiling_bytes_per_
     """
     unit = time_unit(trace.makespan_ps)
     edges_ps = _edges_ps(trace)
-    bytes_per_ns = streams(trace).spread(trace.records["hbm_bytes"], edges_ps) / (np.diff(edges_ps) / 1000)
+    bytes_per_ns = streams(trace).spread(trace.memory_bytes, edges_ps) / (np.diff(edges_ps) / 1000)
     edges = edges_ps / unit.ps
     if per_pe:
         from matplotlib import colormaps

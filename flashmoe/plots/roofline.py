@@ -140,7 +140,7 @@ def _draw_roofs(ax: Axes, roof: Roofs, points: list[Point]) -> None:
 def _point(trace: Trace, mine: NDArray[np.bool_] | None = None) -> Point | None:
     """Where the run, or some of its tasks, lies; None without work, bytes or time."""
     chosen = slice(None) if mine is None else mine
-    num_bytes, flops = float(trace.records["hbm_bytes"][chosen].sum()), float(flops_of(trace)[chosen].sum())
+    num_bytes, flops = float(trace.memory_bytes[chosen].sum()), float(flops_of(trace)[chosen].sum())
     time_ps = trace.makespan_ps if mine is None else _held_ps(trace.records[mine])
     if not (num_bytes > 0 and flops > 0 and time_ps > 0):
         return None

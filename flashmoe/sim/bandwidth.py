@@ -1,10 +1,11 @@
-"""Memory bandwidth shared by the workers that stream: capped processor sharing in virtual time."""
+"""Memory bandwidth shared by the workers that stream, capped processor sharing in virtual time; and its cache."""
 
 from __future__ import annotations
 
 import heapq
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import simpy
@@ -87,3 +88,61 @@ class CappedSharing:
         self._change_rate()
         for finished in ended:
             finished()
+
+
+@dataclass(eq=False)
+class Weights:
+    """Some weights of a layer, which one task or several stream: when they were asked for, and whether they are there.
+
+    asked_bytes: what the memory had been asked for when they were last asked for, they themselves included [bytes].
+    waiting: who follows the stream that is on its way: not before which time, and what to call then.
+    """
+
+    asked_bytes: float = -math.inf
+    is_on_its_way: bool = False
+    waiting: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+
+
+class Cache:
+    """What lies before a memory channel and keeps weights for the next task that wants them.
+
+    Who asks for weights while another task streams them, or before the memory has been asked for `capacity_bytes` of
+    others, gets them as fast as one CU can take them, but not before they are there; the channel has no part in it.
+    """
+
+    def __init__(self, env: simpy.Environment, channel: CappedSharing, capacity_bytes: int) -> None:
+        self._env, self._channel, self._capacity_bytes = env, channel, capacity_bytes
+        self._asked_bytes = 0.0  # of the memory, so far
+
+    def stream(self, weights: Weights, num_bytes: float, least_ps: int, finished: Callable[[], None]) -> bool:
+        """Stream weights from now on; `finished` is called when all are there. Returns whether the cache has them.
+
+        least_ps: what a CU that has the memory to itself takes.
+        """
+        has_them = weights.is_on_its_way or self._asked_bytes - weights.asked_bytes <= self._capacity_bytes
+        if self._capacity_bytes == 0 or not has_them:
+            self._asked_bytes += num_bytes
+            weights.asked_bytes = self._asked_bytes
+            weights.is_on_its_way = True
+            self._channel.start(num_bytes, lambda: self._read(weights, finished))
+            return False
+        weights.asked_bytes = self._asked_bytes
+        there_ps = int(self._env.now) + least_ps
+        if weights.is_on_its_way:
+            weights.waiting.append((there_ps, finished))
+        else:
+            self._at(there_ps, finished)
+        return True
+
+    def _read(self, weights: Weights, finished: Callable[[], None]) -> None:
+        weights.is_on_its_way = False
+        waiting, weights.waiting = weights.waiting, []
+        for there_ps, call in waiting:
+            self._at(max(int(self._env.now), there_ps), call)
+        finished()
+
+    def _at(self, time_ps: int, call: Callable[[], None]) -> None:
+        def now(_: simpy.Event) -> None:
+            call()
+
+        self._env.timeout(time_ps - int(self._env.now)).callbacks.append(now)

@@ -31,6 +31,7 @@ class Costs:
     compute_ps: (n,) int64, least time for its arithmetic, its activations and its weights' way there [ps, rounded up].
     overhead_ps: (n,) int64, the fixed part [ps, rounded up].
     send_ps: (n,) int64, its remote stores, which keep the worker busy [ps, rounded up].
+    weights: (n,) int64, row of the first task that streams the same weights.
     early: weights may stream before a task's inputs are ready.
     """
 
@@ -39,6 +40,7 @@ class Costs:
     compute_ps: NDArray[np.int64]
     overhead_ps: NDArray[np.int64]
     send_ps: NDArray[np.int64]
+    weights: NDArray[np.int64]
     early: bool
 
     @property
@@ -68,16 +70,27 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
     flop_ns = _padded_flops(tasks, machine.matrix_tokens, machine.matrix_rows) / machine.cu_flops_per_ns
     io_ns = tasks["io_bytes"] / machine.cache_bytes_per_ns
     feed_ns = tasks["weight_bytes"] / machine.feed_bytes_per_ns if machine.feed_bytes_per_ns > 0 else 0.0
+    products_ns = np.maximum(feed_ns, flop_ns)
+    # a gate reads its router rows and its tokens at once; in a ring, tokens' rows and weights wait for each other
+    work_ns = np.where(np.isin(tasks["kind"], FINISHED_KINDS), io_ns + products_ns, np.maximum(io_ns, products_ns))
     kind_overhead_ps = np.array([machine.overhead_ps(kind) for kind in KINDS], np.float64)
     stream_bytes = tasks["weight_bytes"] * bytes_factor
     return Costs(
         stream_bytes=stream_bytes,
         stream_ps=_ceil(stream_bytes / machine.cu_bytes_per_ns * 1000.0 / speeds),
-        compute_ps=_ceil(np.maximum(np.maximum(flop_ns, io_ns), feed_ns) * 1000.0 * slow),
+        compute_ps=_ceil(work_ns * 1000.0 * slow),
         overhead_ps=_ceil(kind_overhead_ps[tasks["kind"]] * slow) + stall_ps,
         send_ps=_ceil(remote_bytes(table) / machine.store_bytes_per_ns * 1000.0),
+        weights=first_of_same_weights(tasks),
         early=machine.prefetch,
     )
+
+
+def first_of_same_weights(tasks: Any) -> NDArray[np.int64]:
+    """(n,) row of the first task with the same weights: blocks of tokens share those of a tile, nothing else does."""
+    _, first, weights = np.unique(tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True)
+    rows: NDArray[np.int64] = first[weights.reshape(-1)].astype(np.int64)
+    return rows
 
 
 def remote_bytes(table: TaskTable) -> NDArray[np.float64]:

@@ -55,6 +55,11 @@ EFFECTS: dict[str, Effect] = {
         "A worker takes its next pick a task ahead. Without: only when its stream has nothing more to do.",
         _set(ask_early=False),
     ),
+    "in_order": Effect(
+        "A worker runs its picks in the order in which it took them. Without: what is ready first, of as many as the "
+        "policy's look-ahead says.",
+        _set(in_order=False),
+    ),
     "signal": Effect(
         "It takes a while until another worker of the PE sees a signal. Without: it sees it at once.",
         _set(signal_ps=0, signal_near_ps=0),
@@ -103,6 +108,11 @@ EFFECTS: dict[str, Effect] = {
     "activations": Effect(
         "A task reads its tokens' rows and writes what it makes, at a CU's rate from the cache. Without: for nothing.",
         _set(cache_bytes_per_ns=UNLIMITED),
+    ),
+    "reuse": Effect(
+        "What another task has streamed a short while ago, or is streaming, comes from the cache: the memory does not "
+        "notice. Without: every task streams its weights from memory.",
+        _set(cache_bytes=0),
     ),
     "feed": Effect(
         "A CU takes time to move weights that have arrived into its products. Without: none.",

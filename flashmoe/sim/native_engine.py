@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flashmoe import _native
 from flashmoe.policy import QUEUES, Policy  # in the order of enum class QueueKind
+from flashmoe.sim.costs import first_of_same_weights
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.parameters import Parameters
 from flashmoe.sim.records import make_records
@@ -108,6 +109,7 @@ def _listed(table: TaskTable) -> dict[str, Any]:
     return {
         **{name: np.ascontiguousarray(tasks[name]) for name in columns},
         **{name: np.asarray(getattr(table, name)) for name in edges},
+        "weights": first_of_same_weights(tasks),
         "signal_bytes": np.asarray(table.signal_bytes),
         "first": first,
         "first_id": first_id,

@@ -16,7 +16,11 @@ from flashmoe.sim.servers import Counter
 if TYPE_CHECKING:
     from flashmoe.sim.simpy_engine import Stage, Worker
 
-Got = Callable[[int | None], None]  # called with the row of a pick, or None: there are no more
+# The worker's own domain has no more picks. In another one what it holds may be waited for by those who hold what it
+# waits for: it has to be done with that first.
+ELSEWHERE = -1
+
+Got = Callable[[int | None], None]  # called with the row of a pick, ELSEWHERE, or None: there are no more
 
 
 class TicketQueue:
@@ -97,7 +101,10 @@ class DomainQueue(TicketQueue):
     def _answer(self, worker: Worker, pick: int | None, got: Got) -> None:
         if pick is None:
             self._is_away[worker.index] = True
-            self.ask(worker, got)
+            if worker.layer.in_order and worker.is_busy:
+                got(ELSEWHERE)
+            else:
+                self.ask(worker, got)
         else:
             got(pick)
 

@@ -12,7 +12,7 @@ from flashmoe.sim.costs import remote_bytes
 from flashmoe.tasks import TaskTable
 from flashmoe.trace import TRACE_DTYPE
 
-RUN_COLUMNS = ("worker", "ready_ps", "asked_ps", "ticket_ps", "start_ps", "loaded_ps", "done_ps", "end_ps")
+RUN_COLUMNS = ("worker", "flags", "ready_ps", "asked_ps", "ticket_ps", "start_ps", "loaded_ps", "done_ps", "end_ps")
 
 
 def make_records(table: TaskTable, layer: int, run: Mapping[str, NDArray[Any]], num_domains: int) -> NDArray[np.void]:

@@ -23,7 +23,7 @@ from flashmoe.sim.native_engine import run_layers
 from flashmoe.sim.simpy_engine import Progress
 from flashmoe.sim.totals import Totals
 from flashmoe.tasks import TaskTable, Tiling, critical_path, native_shape
-from flashmoe.trace import TIME_SHARES, Trace, stamp
+from flashmoe.trace import TIME_SHARES, Trace, memory_bytes, stamp
 
 MODEL_VERSION = 4  # raised whenever the same inputs give other times
 
@@ -238,7 +238,7 @@ class _Run:
             busiest_link_ps=busiest_link_ps(tables, self.parameters),
             num_tasks=len(records),
             layer_end_ps=[int(end) for end in ends],
-            hbm_bytes=int(records["hbm_bytes"].sum()),
+            hbm_bytes=int(memory_bytes(records).sum()),
             link_bytes=int(records["link_bytes"].sum()),
             distinct_bytes=int(sum(distinct_weight_bytes(table).sum() for table in tables)),
             time_ps=_time_shares(records, self.machine),

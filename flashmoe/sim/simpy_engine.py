@@ -19,16 +19,16 @@ import simpy
 from numpy.typing import NDArray
 
 from flashmoe.policy import Policy
-from flashmoe.sim.bandwidth import CappedSharing
+from flashmoe.sim.bandwidth import Cache, CappedSharing, Weights
 from flashmoe.sim.costs import FINISHED_KINDS, FIRST_KINDS, PLANNED_KINDS, task_costs
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.events import Events
 from flashmoe.sim.parameters import Parameters
-from flashmoe.sim.queues import make_queue
+from flashmoe.sim.queues import ELSEWHERE, make_queue
 from flashmoe.sim.records import RUN_COLUMNS, make_records
 from flashmoe.sim.servers import Cores, Links
 from flashmoe.tasks import OWN_PE_KINDS, TaskTable
-from flashmoe.trace import KINDS
+from flashmoe.trace import FROM_CACHE, KINDS
 
 Steps = Generator[simpy.Event, Any, None]
 Progress = Callable[[int, int], None]  # (tasks done, tasks in all)
@@ -45,6 +45,7 @@ class Pick:
         self.asked_ps, self.ticket_ps = asked_ps, ticket_ps
         self.unseen = unseen
         self.streaming = False  # its weights have been asked for
+        self.from_cache = False  # and the memory had no part in that
         self.loaded_ps: int | None = None  # all of them are there since then
 
 
@@ -59,6 +60,8 @@ class Worker:
         self.waits_for = "nothing"  # "inputs", "slot" (of the push queue) or "nothing": for who asks after a deadlock
         self.slot = 0
         self._more = True  # the queue has more picks for this worker
+        self._is_away = False  # but takes them from other domains
+        self._is_running = False
         self._asking = False  # the queue is looking up the next pick, perhaps while a task runs
         self._asked_ps = 0
         self._following: Pick | None = None  # the next task of a chain, its weights streaming while a task runs
@@ -83,7 +86,7 @@ class Worker:
                 elif self._more and self._may_take():
                     self._ask()
                 elif self.held:
-                    self._listen(self.held)
+                    self._listen(self._eligible)
                     yield from self._wait("inputs")
                 else:
                     break
@@ -94,7 +97,7 @@ class Worker:
     def _enter(self, stage: Stage) -> Steps:
         """Launched with the layer, or on from the one before."""
         self.stage, self.layer = stage, stage.layer
-        self._more = True
+        self._more, self._is_away = True, False
         if stage.is_launch:
             start_ps = self.pe.start_ps[self.index]
             if stage.before is not None:
@@ -147,6 +150,11 @@ class Worker:
         if self.pe.cores is not None:
             self.pe.cores.release()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it runs a task or holds one."""
+        return self._is_running or len(self.held) > 0
+
     def sees(self, event: int) -> bool:
         """Whether this worker sees an event of its layer as complete."""
         return self.layer.events.is_seen(event, self)
@@ -171,6 +179,8 @@ class Worker:
         self._asking = False
         if row is None:
             self._more = False
+        elif row == ELSEWHERE:
+            self._is_away = True
         else:
             self.held.append(self._hold(row, self._asked_ps))
         self._wake("pick")
@@ -181,11 +191,16 @@ class Worker:
         Or have it at hand by then, if the machine asks early. One pick, and only if nothing else is held: a CU has
         room for one task's weights beside those in use.
         """
-        if self._more and not self._asking and not self.held and self.stage.queue.runs_ahead:
+        if self._more and not self._is_away and not self._asking and not self.held and self.stage.queue.runs_ahead:
             self._ask()
 
+    @property
+    def _eligible(self) -> list[Pick]:
+        """Picks in hand that may be the next to run."""
+        return self.held[:1] if self.layer.in_order else self.held
+
     def _oldest_ready(self) -> Pick | None:
-        for pick in self.held:
+        for pick in self._eligible:
             if self._is_ready(pick) and (len(self.held) == 1 or self._whole_chain_is_ready(pick)):
                 return pick
         return None
@@ -199,6 +214,8 @@ class Worker:
     def _may_take(self) -> bool:
         if not self.held:
             return True
+        if self.layer.in_order:
+            return len(self.held) == 1 and not self._is_away
         kind = self.layer.kind[self.held[0].row]
         # a down that cannot be decoded yet waits for the plan, and so for other PEs
         waits_for_own_pe = kind in OWN_PE_KINDS and (kind not in PLANNED_KINDS or self.sees(self.stage.planned))
@@ -235,10 +252,9 @@ class Worker:
             self._start_stream()
 
     def _start_stream(self) -> None:
-        self.pe.channel.start(self._stream_bytes(self._streams[0]), self._loaded)
-
-    def _stream_bytes(self, pick: Pick) -> float:
-        return self.layer.stream_bytes[pick.row]
+        pick, layer = self._streams[0], self.layer
+        weights, num_bytes = layer.weights[pick.row], layer.stream_bytes[pick.row]
+        pick.from_cache = self.pe.cache.stream(weights, num_bytes, layer.stream_ps[pick.row], self._loaded)
 
     def _loaded(self) -> None:
         pick = self._streams.popleft()
@@ -252,10 +268,12 @@ class Worker:
     def _run(self, pick: Pick) -> Steps:
         """Run a chain in order, never going back to the queue in between."""
         end = pick.row + self.layer.chain[pick.row]
+        self._is_running = True
         while True:
             following = pick.row + 1 if pick.row + 1 < end else None
             yield from self._execute(pick, following)
             if following is None:
+                self._is_running = False
                 return
             pick = self._following or self._hold(following, int(self.env.now))
             self._following = None
@@ -293,7 +311,9 @@ class Worker:
             end_ps = done_ps + self._after_ps(row)
             if end_ps > env.now:
                 yield env.timeout(end_ps - int(env.now))
-        layer.record(row, (self.index, ready_ps, pick.asked_ps, pick.ticket_ps, start_ps, loaded_ps, done_ps, end_ps))
+        flags = FROM_CACHE if pick.from_cache else 0
+        times_ps = (ready_ps, pick.asked_ps, pick.ticket_ps, start_ps, loaded_ps, done_ps, end_ps)
+        layer.record(row, (self.index, flags, *times_ps))
         if end_ps > env.now:
             self._later(end_ps, self._tell, row)
         elif self.stage.queue.runs_ahead:
@@ -382,12 +402,19 @@ class Stage:
 
 
 class Pe:
-    """One GPU: its workers and its memory channel."""
+    """One GPU: its workers, its memory channel and the cache before it."""
 
     def __init__(
-        self, env: simpy.Environment, index: int, parameters: Parameters, channel: CappedSharing, cores: Cores | None
+        self,
+        env: simpy.Environment,
+        index: int,
+        parameters: Parameters,
+        channel: CappedSharing,
+        cache: Cache,
+        cores: Cores | None,
     ) -> None:
-        self.env, self.index, self.parameters, self.channel, self.cores = env, index, parameters, channel, cores
+        self.env, self.index, self.parameters, self.cores = env, index, parameters, cores
+        self.channel, self.cache = channel, cache
         self.num_workers, self.num_domains = parameters.num_workers, parameters.num_domains
         self.start_ps: list[int] = parameters.start_ps.tolist()
         self.bookkeeping_ps = parameters.machine.gap_ps
@@ -414,12 +441,19 @@ class Pe:
 class Layer:
     """One layer on all PEs: its task table as lists (numpy scalars are slow to loop over) and its events."""
 
-    def __init__(self, run: Run, number: int, table: TaskTable, look_ahead: int) -> None:
-        self.table, self.number, self.look_ahead, self._run = table, number, look_ahead, run
+    def __init__(self, run: Run, number: int, table: TaskTable, policy: Policy) -> None:
+        self.table, self.number, self._run = table, number, run
         self.gap_ps = run.gap_ps
+        # who pushes holds one pick at a time
+        self.look_ahead = 0 if policy.queue == "push" else policy.look_ahead
+        self.in_order = run.parameters.machine.in_order and policy.queue != "push"
         costs = task_costs(table, run.parameters, number)
         self.early = costs.early
         self.stream_bytes: list[float] = costs.stream_bytes.tolist()
+        self.stream_ps: list[int] = costs.stream_ps.tolist()
+        first: list[int] = costs.weights.tolist()
+        made = {row: Weights() for row in set(first)}
+        self.weights: list[Weights] = [made[row] for row in first]
         self.compute_ps: list[int] = costs.compute_ps.tolist()
         self.after_ps: list[int] = costs.after_ps.tolist()
         self.kind: list[int] = table.tasks["kind"].tolist()
@@ -466,7 +500,7 @@ class Layer:
         self._run.links.send(source, self.event_pe[event], num_bytes, landed)
 
     def record(self, row: int, columns: tuple[int, ...]) -> None:
-        """Note a finished task: worker, ready, asked, ticket, start, loaded, done, end."""
+        """Note a finished task: RUN_COLUMNS."""
         self.records[row] = columns
         self._run.count_task()
 
@@ -501,11 +535,11 @@ class Run:
         for index in range(parameters.num_pes):
             if index == 0 or cores is None:  # the cores of a host share one memory
                 channel = CappedSharing(self.env, parameters.rates[index], index)
-            self.pes.append(Pe(self.env, index, parameters, channel, cores))
+                cache = Cache(self.env, channel, machine.cache_bytes)
+            self.pes.append(Pe(self.env, index, parameters, channel, cache, cores))
         self.layers: list[Layer] = []
-        look_ahead = 0 if policy.queue == "push" else policy.look_ahead
         for number, (table, schedule) in enumerate(zip(tables, schedules, strict=True)):
-            layer = Layer(self, number, table, look_ahead)
+            layer = Layer(self, number, table, policy)
             self.layers.append(layer)
             picks: Sequence[Any] = [()] * table.num_pes if policy.queue == "replay" else policy.picks(table)
             for pe in self.pes:

@@ -44,11 +44,13 @@ Parameters make_parameters(const py::dict& given) {
   number("finish_beside", p.finish_beside);
   number("ask_early", p.ask_early);
   number("first_given", p.first_given);
+  number("in_order", p.in_order);
   number("word_tokens", p.word_tokens);
   number("plan_ps", p.plan_ps);
   number("plan_token_ps", p.plan_token_ps);
   number("matrix_tokens", p.matrix_tokens);
   number("jitter_bytes", p.jitter_bytes);
+  number("cache_bytes", p.cache_bytes);
   number("matrix_rows", p.matrix_rows);
   number("hbm_bytes_per_ns", p.hbm_bytes_per_ns);
   number("cu_bytes_per_ns", p.cu_bytes_per_ns);
@@ -149,6 +151,7 @@ class ListedLayer : public LayerSource {
         kind_(to_vector<u32>(table["kind"])),
         num_tokens_(to_vector<u32>(table["num_tokens"])),
         num_rows_(to_vector<u32>(table["num_rows"])),
+        weights_(to_vector<u32>(table["weights"])),
         chain_(to_vector<u32>(table["chain"])),
         first_(to_vector<u32>(table["first"])),
         first_id_(to_vector<u32>(table["first_id"])),
@@ -191,7 +194,9 @@ class ListedLayer : public LayerSource {
                             io_bytes_[row],
                             flops_[row],
                             0};
-      g.add_rows(pe_[row], g.add_class(pe_[row], amounts, waits, signals, p), 1);
+      const u32 number = g.add_class(pe_[row], amounts, waits, signals, p);
+      g.classes[number].set_weights(static_cast<u32>(row) - weights_[row], true);
+      g.add_rows(pe_[row], number, 1);
     }
     set_picks(g);
     return g;
@@ -199,7 +204,7 @@ class ListedLayer : public LayerSource {
 
  private:
   bool by_rows_;
-  std::vector<u32> pe_, kind_, num_tokens_, num_rows_, chain_, first_, first_id_, event_target_,
+  std::vector<u32> pe_, kind_, num_tokens_, num_rows_, weights_, chain_, first_, first_id_, event_target_,
       planned_event_, wait_event_, signal_event_;
   std::vector<u16> event_pe_;
   std::vector<u64> weight_bytes_, io_bytes_, flops_, wait_ptr_, signal_ptr_, signal_bytes_;
@@ -314,7 +319,8 @@ double priority_queue_loop(u64 num_tasks, u32 num_workers) {
 }  // namespace
 
 void bind_engine(py::module_& module) {
-  PYBIND11_NUMPY_DTYPE(Record, worker, ready_ps, asked_ps, ticket_ps, start_ps, loaded_ps, done_ps, end_ps);
+  PYBIND11_NUMPY_DTYPE(Record, worker, flags, ready_ps, asked_ps, ticket_ps, start_ps, loaded_ps, done_ps,
+                       end_ps);
   py::class_<LayerSource, std::shared_ptr<LayerSource>>(module, "LayerSource")
       .def_readwrite("ids_by_rank", &LayerSource::ids_by_rank)
       .def_readwrite("ids_by_worker", &LayerSource::ids_by_worker);

@@ -144,6 +144,10 @@ PYBIND11_MODULE(_native, module) {
                ids.push_back(to_array(t.order(pe, static_cast<Order>(order))));
              return ids;
            })
+      .def("first_of_last",
+           [](TaskTable& t, u32 pe, u32 order, u32 num_workers) {
+             return t.first_of_last(pe, static_cast<Order>(order), num_workers);
+           })
       .def("wrongly_decoded",
            [](TaskTable& t, u32 pe, u32 order, u32 stride) {
              return to_array(t.wrongly_decoded(pe, static_cast<Order>(order), stride));

@@ -17,10 +17,10 @@ struct Benchmark {
 };
 
 constexpr Benchmark kBenchmarks[] = {
-    {"timer", measure_timer},      {"bandwidth", measure_bandwidth}, {"evenness", measure_evenness},
-    {"jitter", measure_jitter},    {"latency", measure_latency},     {"launches", measure_launches},
-    {"signal", measure_ping_pong}, {"counter", measure_counter},     {"tickets", measure_tickets},
-    {"matrix", measure_matrix},    {"reads", measure_reads},
+    {"timer", measure_timer},       {"bandwidth", measure_bandwidth}, {"reuse", measure_reuse},
+    {"evenness", measure_evenness}, {"jitter", measure_jitter},       {"latency", measure_latency},
+    {"launches", measure_launches}, {"signal", measure_ping_pong},    {"counter", measure_counter},
+    {"tickets", measure_tickets},   {"matrix", measure_matrix},       {"reads", measure_reads},
 };
 
 std::string names() {

@@ -133,6 +133,8 @@ struct Stream {
   u64 work_chunks;  // stop after so many over all blocks
   u32* ticket;      // who takes which chunk; null: every gridDim.x-th chunk is mine
   u32 slots;        // copies in flight, 1..kMaxSlots
+  u32 readers;      // of each chunk: 1 or 2
+  u64 lag_chunks;   // the second reads what the first one read so long ago
 };
 
 //! Copies that arrived after the first one in a window of time.
@@ -148,7 +150,8 @@ __device__ __forceinline__ Count stream_until(const Stream& stream, const Block&
   const u32 ring = sm90::shared_address(block.ring);
   u64 next = stream.ticket ? fetch_add_relaxed<Scope::device>(stream.ticket, 1u) : blockIdx.x;
   auto issue = [&](u32 slot) {
-    u64 chunk = stream.first_chunk + next;
+    u64 chunk =
+        stream.first_chunk + next / stream.readers + (next % stream.readers == 0 ? stream.lag_chunks : 0);
     while (chunk >= stream.num_chunks) chunk -= stream.num_chunks;
     bulk_copy(ring + slot * kSlotBytes, stream.data + chunk * kSlotBytes, kSlotBytes,
               block.barriers + 8 * slot, policy);

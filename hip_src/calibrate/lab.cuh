@@ -32,7 +32,16 @@ class Lab {
   //! A stream that goes on where no launch has read for a while.
   Stream stream(u32 slots, bool ticket = false, u64 work_chunks = ~u64{0}) {
     first_chunk_ = (first_chunk_ + 250'000) % kNumChunks;
-    return {data_.data(), kNumChunks, first_chunk_, work_chunks, ticket ? ticket_.data() : nullptr, slots};
+    return {
+        data_.data(), kNumChunks, first_chunk_, work_chunks, ticket ? ticket_.data() : nullptr, slots, 1, 0};
+  }
+
+  //! The same, but two SMs read each chunk, one of them `lag_chunks` after the other.
+  Stream stream_twice(u32 slots, u64 lag_chunks) {
+    Stream twice = stream(slots);
+    twice.readers = 2;
+    twice.lag_chunks = lag_chunks;
+    return twice;
   }
 
   //! Runs a kernel of one block an SM to its end.

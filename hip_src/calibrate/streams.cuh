@@ -134,6 +134,28 @@ inline void measure_bandwidth(Lab& lab) {
   for (u32 slots : slots_list) fit_knee(lab, slots, total_by_slots[slots]);
 }
 
+// ---- weights that two SMs read
+
+//! Every chunk is read by two SMs, one of them some bytes of memory traffic after the other: while it lies in
+//! L2, the memory is read for the first only.
+inline void measure_reuse(Lab& lab) {
+  constexpr u32 kRepeats = 5, kSlots = 3;
+  DeviceArray<SmCount> out(lab.num_sms);
+  std::printf("%u SMs, each chunk read by two, GB/s by MB between them:", lab.num_sms);
+  for (u64 lag_mb : {0u, 4u, 8u, 12u, 16u, 20u, 24u, 28u, 32u, 36u, 40u, 48u, 56u, 64u, 96u}) {
+    Samples totals;
+    for (u32 repeat = 0; repeat < kRepeats; ++repeat) {
+      lab.run(stream_kernel, lab.num_sms, 32, lab.stream_twice(kSlots, lag_mb * 1'000'000 / kSlotBytes),
+              lab.start(), kWarmNs, kWindowNs, out.data());
+      totals.push_back(sum(sm_rates(out.read())));
+    }
+    lab.report.add("reuse", "total", "GB/s", totals,
+                   Conditions().with("slots", kSlots).with("sms", lab.num_sms).with("lag_mb", lag_mb));
+    std::printf(" %llu: %.0f", static_cast<unsigned long long>(lag_mb), median(totals));
+  }
+  std::printf("\n");
+}
+
 //! How uneven SMs are: bytes each got in equal time, and when each ended an equal share of a fixed work.
 inline void measure_evenness(Lab& lab) {
   constexpr u32 kRepeats = 25;

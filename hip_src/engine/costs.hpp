@@ -31,6 +31,12 @@ struct ClassCost {
   i64 send_ps;
 };
 
+//! Kinds that multiply with experts' weights; what follows the arithmetic may be done by warps of its own.
+inline bool is_finished_kind(u32 kind) {
+  return kind == static_cast<u32>(TaskKind::up) || kind == static_cast<u32>(TaskKind::down) ||
+         kind == static_cast<u32>(TaskKind::expert);
+}
+
 inline double padded_flops(const Amounts& a, const Parameters& p) {
   const bool is_matrix = a.num_rows > 0 && a.num_tokens > 0;
   if (!is_matrix) return static_cast<double>(a.flops);
@@ -49,8 +55,10 @@ inline ClassCost class_cost(const Amounts& a, const Parameters& p) {
   const double io_ns = static_cast<double>(a.io_bytes) / p.cache_bytes_per_ns;
   const auto bytes = static_cast<double>(a.weight_bytes);
   const double feed_ns = p.feed_bytes_per_ns > 0 ? bytes / p.feed_bytes_per_ns : 0.0;
-  return ClassCost{bytes, std::max({flop_ns, io_ns, feed_ns}) * 1000.0,
-                   p.overhead_ps[static_cast<u32>(a.kind)], evened_out(bytes, p),
+  const double products_ns = std::max(feed_ns, flop_ns);
+  const double work_ns =
+      is_finished_kind(static_cast<u32>(a.kind)) ? io_ns + products_ns : std::max(io_ns, products_ns);
+  return ClassCost{bytes, work_ns * 1000.0, p.overhead_ps[static_cast<u32>(a.kind)], evened_out(bytes, p),
                    ceil_ps(static_cast<double>(a.remote_bytes) / p.store_bytes_per_ns * 1000.0)};
 }
 

@@ -62,6 +62,9 @@ class Engine : Workers {
       case What::release:
         released(workers_[who], low);
         break;
+      case What::cached:
+        cached(workers_[who]);
+        break;
     }
   }
 

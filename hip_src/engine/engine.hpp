@@ -13,7 +13,7 @@ namespace flashmoe::engine {
 
 //! A finished task, by row within its layer.
 struct Record {
-  u32 worker;
+  u32 worker, flags;
   i64 ready_ps, asked_ps, ticket_ps, start_ps, loaded_ps, done_ps, end_ps;
 };
 

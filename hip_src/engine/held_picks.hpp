@@ -9,10 +9,6 @@ namespace flashmoe::engine {
 namespace {  // internal linkage: with all callers in sight, what is called once is inlined
 
 inline bool is_planned_kind(u32 kind) { return kind >= static_cast<u32>(TaskKind::up); }
-//! Of these, what follows the arithmetic may be done by warps of its own, with a release.
-inline bool is_finished_kind(u32 kind) {
-  return is_planned_kind(kind) && kind != static_cast<u32>(TaskKind::combine);
-}
 inline bool is_first_kind(u32 kind) { return kind <= static_cast<u32>(TaskKind::dispatch); }
 
 class HeldPicks {
@@ -20,8 +16,10 @@ class HeldPicks {
   HeldPicks(Environment& env, const RunConfig& config)
       : env_(env),
         look_ahead_(config.queue == QueueKind::push ? 0 : config.look_ahead),
-        picks_a_worker_(std::min(config.look_ahead, max_look_ahead) + 3),
+        in_order_(env.p.in_order && config.queue != QueueKind::push),
+        picks_a_worker_(std::max(std::min(config.look_ahead, max_look_ahead), 1u) + 3),
         picks_(u64{env.p.num_pes} * env.p.num_workers * picks_a_worker_),
+        followers_(u64{env.p.num_pes} * env.p.num_workers),
         key_(mixed((env.p.seed + 1) * golden)) {}
 
   Pick& of(const Worker& w, u32 place) { return picks_[w.number * picks_a_worker_ + place]; }
@@ -38,7 +36,7 @@ class HeldPicks {
     const TaskClass& c = g.of(row);
     pick.row = row;
     ++pick.serial;
-    pick.streaming = false;
+    pick.streaming = pick.from_cache = false;
     pick.loaded_ps = -1;
     pick.asked_ps = asked_ps;
     pick.ticket_ps = env_.now();
@@ -83,9 +81,11 @@ class HeldPicks {
     return true;
   }
 
+  //! Picks in hand, the oldest first, that may be the next to run.
+  u32 num_eligible(const Worker& w) const { return in_order_ && w.num_held > 0 ? 1 : w.num_held; }
   //! Index in the worker's hand, or none.
   u32 oldest_ready(Worker& w) {
-    for (u32 i = 0; i < w.num_held; ++i) {
+    for (u32 i = 0; i < num_eligible(w); ++i) {
       Pick& pick = of(w, w.held[i]);
       if (is_ready(w, pick) && (w.num_held == 1 || whole_chain_is_ready(w, pick))) return i;
     }
@@ -94,6 +94,7 @@ class HeldPicks {
 
   bool may_take(const Worker& w) const {
     if (w.num_held == 0) return true;
+    if (in_order_) return w.num_held == 1 && !w.is_away;
     const Layer& l = *w.layer;
     const u32 kind = l.graph.of(of(w, w.held[0]).row).kind;
     // a down that cannot be decoded yet waits for the plan, and so for other PEs
@@ -128,6 +129,17 @@ class HeldPicks {
     if (pick.streaming) return;  // its worker may have seen the plan before the others
     pick.streaming = true;
     if (w.add_stream(place)) start_stream(w);
+  }
+
+  //! The memory has read what a worker streams: whoever follows has it, too.
+  void read(const Worker& w) {
+    const Pick& pick = of(w, w.streams[w.first_stream]);
+    Weights* weights = weights_of(w, pick);
+    if (weights == nullptr) return;
+    weights->is_on_its_way = false;
+    for (u32 who = weights->first_waiting; who != none; who = followers_[who].next)
+      env_.clock.at(std::max(env_.now(), followers_[who].there_ps), item(What::cached, who));
+    weights->first_waiting = weights->last_waiting = none;
   }
 
   //! The first stream has ended, the next one starts. Returns its pick.
@@ -165,8 +177,33 @@ class HeldPicks {
   }
 
   void start_stream(const Worker& w) {
-    const Pick& pick = of(w, w.streams[w.first_stream]);
-    env_.memory.start(env_.now(), w.pe, stream_bytes(w, pick), w.number);
+    Pick& pick = of(w, w.streams[w.first_stream]);
+    const double num_bytes = stream_bytes(w, pick);
+    if (Weights* weights = weights_of(w, pick); weights != nullptr) {
+      const double asked_bytes = env_.memory.asked_bytes(w.pe);
+      pick.from_cache = weights->is_on_its_way ||
+                        asked_bytes - weights->asked_bytes <= static_cast<double>(env_.p.cache_bytes);
+      weights->asked_bytes = asked_bytes + (pick.from_cache ? 0.0 : num_bytes);
+      if (pick.from_cache) return follow(w, *weights, num_bytes);
+      weights->is_on_its_way = true;
+    }
+    env_.memory.start(env_.now(), w.pe, num_bytes, w.number);
+  }
+
+  //! nullptr: no other task has them, or there is no cache.
+  Weights* weights_of(const Worker& w, const Pick& pick) const {
+    if (env_.p.cache_bytes == 0) return nullptr;
+    const TaskClass& c = w.layer->graph.of(pick.row);
+    return c.shares_weights ? &w.layer->weights[pick.row - c.weights_back] : nullptr;
+  }
+
+  //! From the cache: as fast as a CU alone streams, but not before the weights are there.
+  void follow(const Worker& w, Weights& weights, double num_bytes) {
+    const i64 there_ps = env_.now() + least_stream_ps(num_bytes, env_.p.speeds[w.pe], env_.p);
+    if (!weights.is_on_its_way) return env_.clock.at(there_ps, item(What::cached, w.number));
+    followers_[w.number] = Follower{there_ps, none};
+    (weights.last_waiting == none ? weights.first_waiting : followers_[weights.last_waiting].next) = w.number;
+    weights.last_waiting = w.number;
   }
 
   double stream_bytes(const Worker& w, const Pick& pick) const {
@@ -178,9 +215,18 @@ class HeldPicks {
     return jitter_factor(c.before_jitter, env_.p.quantiles[pick.quantile]);
   }
 
+  //! Of a stream on its way: when its worker has the weights at the earliest, and who follows it, too.
+  struct Follower {
+    i64 there_ps;
+    u32 next;
+  };
+
   Environment& env_;
-  u32 look_ahead_, picks_a_worker_;
-  std::vector<Pick> picks_;  // [worker][picks_a_worker_]
+  u32 look_ahead_;
+  bool in_order_;
+  u32 picks_a_worker_;
+  std::vector<Pick> picks_;          // [worker][picks_a_worker_]
+  std::vector<Follower> followers_;  // [worker]
   u64 key_;
 };
 

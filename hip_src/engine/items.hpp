@@ -16,7 +16,8 @@ enum class What : u32 {
   ingress,   // a message has reached its destination's port
   launch,    // a PE launches a layer: layer
   finish,    // has ended a task beside others: row
-  release    // has made a task's stores visible: row
+  release,   // has made a task's stores visible: row
+  cached     // has the weights that the cache had
 };
 
 //! Two values of 32 bits travel as one of 64.

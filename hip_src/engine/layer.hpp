@@ -1,6 +1,7 @@
 // One layer as it runs, and which layers there are at the moment.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -22,6 +23,13 @@ struct Stage {
   std::unique_ptr<PushQueue> push;
 };
 
+//! Some weights, which one task or several stream; flashmoe/sim/bandwidth.py.
+struct Weights {
+  double asked_bytes = -HUGE_VAL;  // what the memory had been asked for when they were asked for last
+  bool is_on_its_way = false;
+  u32 first_waiting = none, last_waiting = none;  // workers that follow the stream on its way
+};
+
 struct Layer {
   Layer(Environment& env, u32 its_number, LayerGraph its_graph)
       : graph(std::move(its_graph)), number(its_number), events(env.clock, env.waiters, its_number) {}
@@ -31,6 +39,7 @@ struct Layer {
   bool is_pipelined = false;  // after the layer before, without a launch
   Events events;
   std::vector<Stage> stages;
+  std::vector<Weights> weights;       // [row] of the first task that streams them; empty: no cache
   std::vector<Record> records;        // [row]; empty: not kept
   std::vector<std::uint8_t> has_run;  // [row], if records are kept: a replay may name a task twice
   u64 left = 0, tasks_done = 0;       // left: workers that have
@@ -117,10 +126,8 @@ class Layers {
       l.has_run.assign(g.num_tasks(), 0);
     }
     result_.num_tasks += g.num_tasks();
-    for (const TaskClass& c : g.classes) {
-      result_.hbm_bytes += c.count * c.weight_bytes;
-      result_.link_bytes += c.count * c.link_bytes;
-    }
+    if (env_.p.cache_bytes > 0) l.weights.resize(g.num_tasks());
+    for (const TaskClass& c : g.classes) result_.link_bytes += c.count * c.link_bytes;
     layers_[number] = std::move(made);
   }
 

@@ -27,6 +27,11 @@ struct TaskClass {
   u64 weight_bytes, link_bytes;  // of one task
   u64 count;                     // tasks
   u32 first_row;                 // one of them
+  // rows back to the first task with a task's weights: blocks of tokens share those of a tile
+  u32 weights_back;
+  bool shares_weights;
+
+  void set_weights(u32 back, bool are_shared) { weights_back = back, shares_weights = are_shared; }
 };
 
 //! Which picks there are: rows by rank, or for replay rows by worker.
@@ -129,29 +134,42 @@ class GraphBuilder {
     graph_.outputs.push_back(0);
     graph_.tokens.push_back(0);
     if (g.gate_inside) {
+      const u32 tiles = g.tiling.gate_tiles(g.shape);
       for (u32 block = 0; block < g.num_route(); ++block)
-        add_tiles(g, block * g.tiling.gate_tiles(g.shape), g.tiling.gate_tiles(g.shape));
+        add_tiles(g, block * tiles, tiles, block * tiles, g.num_route() > 1);
     }
     for (u32 id = g.first_route(); id < g.first_up(); ++id) add_tiles(g, id, 1);
-    for (u32 block = 0; block < g.plan.num_blocks(); ++block)
-      add_tiles(g, g.first_up() + block * g.up_per_block(), g.up_per_block());
+    add_blocks(g, g.first_up(), g.up_per_block());
     if (g.by_rows()) {
       add_rows(g);
     } else if (!g.whole_experts()) {
-      for (u32 block = 0; block < g.plan.num_blocks(); ++block)
-        add_tiles(g, g.first_down() + block * g.down_per_block(), g.down_per_block());
+      add_blocks(g, g.first_down(), g.down_per_block());
     }
     for (u32 id = g.first_combine(); id < g.end_task(); ++id) add_tiles(g, id, 1);
     graph_.first.push_back(static_cast<u32>(graph_.class_of.size()));
     graph_.distinct_bytes.push_back(distinct_bytes(g));
   }
 
+  //! The tiles of all expert blocks.
+  void add_blocks(const TaskGraph& g, u32 first_id, u32 tiles) {
+    for (u32 i = 0; i < g.plan.num_active(); ++i) {
+      const u32 expert = g.plan.active[i], first = g.plan.block_offset[expert];
+      const u32 blocks = g.plan.block_offset[expert + 1] - first;
+      for (u32 block = 0; block < blocks; ++block)
+        add_tiles(g, first_id + (first + block) * tiles, tiles, block * tiles, blocks > 1);
+    }
+  }
+
   //! `count` tasks in a row, of which only the last may be of another size.
-  void add_tiles(const TaskGraph& g, u32 id, u32 count) {
+  void add_tiles(const TaskGraph& g, u32 id, u32 count, u32 weights_back = 0, bool shares_weights = false) {
     const u32 all = add_class(g, id);
+    graph_.classes[all].set_weights(weights_back, shares_weights);
     const bool last_differs = count > 1 && is_smaller(g, id + count - 1, all);
     graph_.add_rows(g.pe, all, count - (last_differs ? 1 : 0));
-    if (last_differs) graph_.add_rows(g.pe, add_class(g, id + count - 1), 1);
+    if (!last_differs) return;
+    const u32 last = add_class(g, id + count - 1);
+    graph_.classes[last].set_weights(weights_back, shares_weights);
+    graph_.add_rows(g.pe, last, 1);
   }
 
   //! down="rows": for each tile of the output, one task an active expert.

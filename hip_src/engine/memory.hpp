@@ -15,6 +15,7 @@ class Memory {
     for (u32 pe = 0; pe < num_channels; ++pe)
       channels_.emplace_back(p.rates.data() + pe * row, static_cast<u32>(row - 1));
     next_of_channel_.assign(num_channels, never);
+    asked_bytes_.assign(num_channels, 0.0);
   }
 
   u32 num_streams(u32 pe) const { return channels_[channel_of(pe)].num_streams(); }
@@ -23,8 +24,12 @@ class Memory {
   //! Whose stream that is, if there is one.
   u32 next_worker() const { return channels_[next_].first_worker(); }
 
+  //! What the memory has been asked for so far.
+  double asked_bytes(u32 pe) const { return asked_bytes_[channel_of(pe)]; }
+
   void start(i64 now_ps, u32 pe, double num_bytes, u32 worker) {
     const u32 index = channel_of(pe);
+    asked_bytes_[index] += num_bytes;
     channels_[index].start(now_ps, num_bytes, worker);
     const i64 next_ps = next_of_channel_[index] = channels_[index].next_ps();
     if (next_ps < next_ps_ || (next_ps == next_ps_ && index < next_)) {
@@ -59,6 +64,7 @@ class Memory {
   bool is_shared_;
   std::vector<Channel> channels_;
   std::vector<i64> next_of_channel_;  // their next_ps(), side by side
+  std::vector<double> asked_bytes_;
   i64 next_ps_ = never;
   u32 next_ = 0;  // channel
 };

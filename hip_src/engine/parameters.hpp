@@ -10,10 +10,10 @@ namespace flashmoe::engine {
 struct Parameters {
   u32 num_pes, num_workers, num_domains, num_cores;
   u64 seed, stall_threshold;
-  bool prefetch, jitters, finish_beside, ask_early, first_given;
+  bool prefetch, jitters, finish_beside, ask_early, first_given, in_order;
   u32 word_tokens;
   u32 matrix_tokens, matrix_rows;
-  u64 jitter_bytes;
+  u64 jitter_bytes, cache_bytes;
   double hbm_bytes_per_ns, cu_bytes_per_ns, cu_flops_per_ns, cache_bytes_per_ns, feed_bytes_per_ns,
       store_bytes_per_ns, link_bytes_per_ns, port_bytes_per_ns;
   i64 ticket_ps, ticket_far_ps, ticket_service_ps, ticket_far_service_ps;

@@ -11,8 +11,9 @@
 
 namespace flashmoe::engine {
 
-//! A queue's answer: not yet, an item on the clock will bring it. Others are the row of a pick, or none.
-constexpr u32 later = none - 1;
+//! A queue's answers beside the row of a pick, or none. later: an item on the clock will bring it;
+//! only_elsewhere: ELSEWHERE in flashmoe/sim/queues.py.
+constexpr u32 later = none - 1, only_elsewhere = none - 2;
 
 //! The push queue of one PE and layer.
 class PushQueue {

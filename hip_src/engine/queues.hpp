@@ -77,7 +77,7 @@ class Queues {
       return kind_ == QueueKind::push ? settle(w, ticket) : w.layer->graph.picks.by_rank[w.pe][r];
     if (kind_ != QueueKind::domain) return none;
     stage.turn[w.index] = 1;
-    return ask(w);
+    return env_.p.in_order && w.is_busy() ? only_elsewhere : ask(w);
   }
 
  private:

@@ -47,6 +47,15 @@ class TaskTable {
     return ids;
   }
 
+  //! PickDecoder::first_of_last of one PE; for tests.
+  u32 first_of_last(u32 pe, Order order, u32 num_workers) {
+    plan.rank_experts(pe, order);
+    const PickOrder picks(plan.graphs()[pe], order);
+    PickDecoder decode(picks);
+    decode.count();
+    return decode.first_of_last(num_workers);
+  }
+
   //! Ranks at which a PickDecoder that steps through every `stride`-th rank says other than the graph; for
   //! tests.
   std::vector<u32> wrongly_decoded(u32 pe, Order order, u32 stride) {

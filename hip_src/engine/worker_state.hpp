@@ -41,7 +41,7 @@ struct Pick {
   u32 next_wait;  // first input, in the class's list, that was not seen yet
   u32 serial;     // tells it from others that had its place before
   u32 quantile;   // of the jitter
-  bool streaming, stalls;
+  bool streaming, from_cache, stalls;
   i64 asked_ps, ticket_ps;
   i64 loaded_ps;  // all weights are there since then; -1: not yet
 };
@@ -56,6 +56,7 @@ struct alignas(64) Worker {
   SleepsFor sleeps_for = SleepsFor::nothing;
   bool triggered = false;  // about to be woken
   bool more = true;        // the queue has more picks for this worker
+  bool is_away = false;    // but takes them from other domains
   bool asking = false;     // the queue is looking up the next pick, perhaps while a task runs
   std::uint8_t current = no_pick, following = no_pick, awaited = no_pick;  // awaited: its weights
   std::uint8_t num_held = 0, first_stream = 0, num_streams = 0;
@@ -67,6 +68,7 @@ struct alignas(64) Worker {
   i64 start_ps = 0, asked_ps = 0, ready_ps = 0, done_ps = 0, core_since_ps = 0;
   i64 last_end_ps = 0;  // may be ahead: until then warps of this worker are at the end of tasks before
 
+  bool is_busy() const { return current != no_pick || num_held > 0; }
   void remove_held(u32 place) {
     for (u32 i = place; i + 1 < num_held; ++i) held[i] = held[i + 1];
     --num_held;

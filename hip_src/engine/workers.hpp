@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "flashmoe/trace.hpp"
 #include "held_picks.hpp"
 #include "queues.hpp"
 
@@ -70,10 +71,17 @@ class Workers {
     env_.memory.finish(env_.now(), ended_);
     for (u32 who : ended_) {
       Worker& w = workers_[who];
+      picks_.read(w);
       const u32 pick = picks_.loaded(w);
       if (w.sleeps_for == SleepsFor::weights && w.awaited == pick) wake_for_weights(w);
     }
     if (env_.memory.next_ps() != never) __builtin_prefetch(&workers_[env_.memory.next_worker()], 1);
+  }
+
+  //! The cache has brought what a worker streams.
+  void cached(Worker& w) {
+    const u32 pick = picks_.loaded(w);
+    if (w.awaited == pick) wake(w, SleepsFor::weights);
   }
 
   void resume(Worker& w) {
@@ -175,7 +183,7 @@ class Workers {
         continue;
       }
       if (w.num_held > 0) {
-        picks_.listen(w, w.held, w.num_held);
+        picks_.listen(w, w.held, picks_.num_eligible(w));
         sleep(w, SleepsFor::inputs, false, Step::loop);
       } else {
         w.step = Step::leave;
@@ -188,7 +196,6 @@ class Workers {
 
   //! Launched with the layer, or on from the one before.
   bool enter(Worker& w) {
-    w.more = true;
     w.step = w.layer->number == 0 ? Step::start : Step::launch_queue;
     if (w.layer->number > 0 || env_.p.start_ps[w.index] == 0) return true;
     env_.clock.at(env_.p.start_ps[w.index], item(What::resume, w.number));
@@ -219,6 +226,7 @@ class Workers {
     }
     w.layer = &layers_[next];
     w.more = true;
+    w.is_away = false;
     w.step = Step::enter;
     layers_.left(l);
     if (!is_launch) return true;
@@ -279,6 +287,8 @@ class Workers {
     w.asking = false;
     if (row == none) {
       w.more = false;
+    } else if (row == only_elsewhere) {
+      w.is_away = true;
     } else {
       w.held[w.num_held] = picks_.hold(w, row, w.asked_ps);
       ++w.num_held;
@@ -300,7 +310,7 @@ class Workers {
   //! With the weights of a task there, its worker's stream is free: takes the next pick while the task runs.
   //! Or has it at hand by then, if the machine asks early.
   void fetch_ahead(Worker& w) {
-    if (w.more && !w.asking && w.num_held == 0 && queues_.runs_ahead()) ask(w);
+    if (w.more && !w.is_away && !w.asking && w.num_held == 0 && queues_.runs_ahead()) ask(w);
   }
 
   // --- tasks
@@ -423,8 +433,10 @@ class Workers {
 
   void record(Worker& w, Layer& l, const Pick& pick, const TaskClass& c, i64 end_ps) {
     const i64 loaded_ps = pick.loaded_ps < 0 ? w.start_ps : pick.loaded_ps;
-    const Record task{w.index,    w.ready_ps, pick.asked_ps, pick.ticket_ps,
-                      w.start_ps, loaded_ps,  w.done_ps,     end_ps};
+    const u32 flags = pick.from_cache ? trace_from_cache : 0;
+    const Record task{w.index,    flags,     w.ready_ps, pick.asked_ps, pick.ticket_ps,
+                      w.start_ps, loaded_ps, w.done_ps,  end_ps};
+    result_.hbm_bytes += pick.from_cache ? 0 : c.weight_bytes;
     result_.time.add(task, w.last_end_ps, c.before_jitter.send_ps);
     w.last_end_ps = std::max(w.last_end_ps, end_ps);
     l.record(pick.row, task);

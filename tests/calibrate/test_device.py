@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashmoe.calibrate.device import SLOTS, device_parameters, fit_knee, soft_knee
+from flashmoe.calibrate.device import SLOTS, device_parameters, fit_knee, mean_lag, soft_knee
 from flashmoe.calibrate.measurements import Measurements
 from flashmoe.machine import parameter_units
 
@@ -91,6 +91,12 @@ def test_a_knee_is_found_again(exponent):
 
 def test_without_contention_there_is_no_knee():
     assert fit_knee({1: 10.0, 2: 20.0, 4: 40.0}) == (0.0, 40.0, 0.0)
+
+
+def test_how_long_a_cache_keeps_what_was_read():
+    assert mean_lag({0: 8.0, 30: 8.0, 31: 4.0, 90: 4.0}, 4.0) == pytest.approx(30.5)  # all leaves at about 30
+    assert mean_lag({40: 4.5, 0: 8.5, 20: 6.5}, 4.5) == pytest.approx(20)  # evenly between 0 and 40
+    assert mean_lag({0: 8.0, 10: 8.2, 20: 3.9}, 4.0) == pytest.approx(15)  # rates are measured: none below 0 or above 1
 
 
 @pytest.mark.parametrize("by_cus", [{1: 10.0, 2: 20.0}, {2: 20.0, 4: 40.0, 8: 80.0}])

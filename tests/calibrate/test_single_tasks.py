@@ -99,5 +99,6 @@ def test_what_is_finished_beside_the_next_task_takes_no_longer_than_the_next_tas
         records = layer.trace.records.copy()  # as where each task of a kernel waits until those before it are finished
         records["end_ps"][layer.trace.kind_names == "up"] += 5_000_000
         layers.append(replace(layer, trace=replace(layer.trace, records=records)))
-    least_ps = 100_000 + 1_000 * 65_536 / 60.0  # gap and bytes / feed, of the smallest tile
+    # of the smallest tile: gap, 64 KiB through the products, a token's row in and 8 results out
+    least_ps = 100_000 + 1_000 * (65_536 / 60.0 + 2 * (2048 + 8) / BARE.cache_bytes_per_ns)
     assert single_task_parameters(layers, BARE)["up_overhead_ps"].value == pytest.approx(least_ps, rel=0.02)

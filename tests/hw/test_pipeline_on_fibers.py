@@ -102,6 +102,21 @@ def test_a_random_layer_is_right_launch_after_launch(seed: int) -> None:
         assert bits(plain(x, routing=routing).outputs) == bits(result.outputs)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("policy", ["ticket", "static_phase", Policy(name="as met", order="arrival")])
+def test_picks_that_are_taken_early_may_turn_out_to_be_no_up_tasks(policy: str | Policy, seed: int) -> None:
+    model, tiling, counts = MODELS["odd"], TILINGS["rows"], [1]  # 8 up tasks an expert
+    layer = make_layer(model, policy=policy, tiling=tiling, workers=8)
+    x, whole = tokens(model, counts, seed), skewed_routing(model, counts, seed, skew=0.0, dropped=0.0)
+    for num_kept in (0, 1, 2, 1):
+        set_seed(model, 10 * seed + num_kept)
+        idx = np.where(np.arange(model.top_k) < num_kept, whole.topk_idx[0], np.int32(-1))
+        routing = Routing((idx,), whole.topk_weights, model.num_experts, "few pairs")
+        result = layer(x, routing=routing)
+        assert_right(model, x, result)
+        assert_traced(result, model, tiling, gate=False)
+
+
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gate_chooses_as_the_reference_does(name: str, tiling: str) -> None:

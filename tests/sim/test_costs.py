@@ -21,11 +21,11 @@ def test_every_part_by_hand():
     got = costs(table, up_overhead_ps=70, down_overhead_ps=11, store_bytes_per_ns=5.0)
     assert got.stream_bytes.tolist() == [30.0, 7.0]
     assert got.stream_ps.tolist() == [3_000, 700]
-    assert got.compute_ps.tolist() == [5_000, 9_000]  # arithmetic beside activations
+    assert got.compute_ps.tolist() == [7_000, 14_000]  # activations, then arithmetic
     assert got.overhead_ps.tolist() == [70, 11]
     assert got.send_ps.tolist() == [0, 2_400]  # 12 bytes; a signal of the own PE is no message
     assert got.after_ps.tolist() == [70, 2_411]
-    assert got.least_ps.tolist() == [5_070, 11_411]
+    assert got.least_ps.tolist() == [7_070, 16_411]
     assert remote_bytes(table).tolist() == [0, 12]
 
 

@@ -60,9 +60,9 @@ def test_pes_have_their_own_memory_unless_they_share_a_host(run):
 def test_a_task_takes_the_slower_of_weights_and_arithmetic_then_its_fixed_part(run):
     table = HandTable()
     table.task("up", weights=10, flops=3)  # 1 ns of weights, 3 ns of arithmetic
-    table.task("up", weights=50, flops=3, io=4)  # 5 ns of weights, 4 ns of activations
+    table.task("up", weights=50, flops=3, io=4)  # 5 ns of weights, 3 + 4 ns with activations
     records = run(table, plain_machine(up_overhead_ps=70, prefetch=False))
-    assert records["end_ps"].tolist() == [3_070, 8_140]
+    assert records["end_ps"].tolist() == [3_070, 10_140]
 
 
 def test_the_next_weights_stream_while_a_task_runs(run):
@@ -73,7 +73,7 @@ def test_the_next_weights_stream_while_a_task_runs(run):
     # the first weights are there at 1 ns: then the second pick is taken, and its weights are there at 6 ns
     assert records["ticket_ps"].tolist() == [0, 1_000]
     assert records["start_ps"].tolist() == [0, 3_070]
-    assert records["end_ps"].tolist() == [3_070, 3_070 + 4_000 + 70]
+    assert records["end_ps"].tolist() == [3_070, 3_070 + 7_000 + 70]
 
 
 @pytest.mark.parametrize("duration_ns", [1, 3, 32, 8_192])  # on and off the edges of a timing wheel

@@ -4,6 +4,7 @@ import pytest
 from sim.tables import HandPolicy, HandTable, plain_machine, run_engine
 
 from flashmoe.sim import ENGINES
+from flashmoe.trace import FROM_CACHE, memory_bytes
 
 
 @pytest.fixture(params=list(ENGINES))
@@ -181,3 +182,68 @@ def test_words_are_their_own_signal(run):
     for word_tokens, down_ps in ((2, 5_500), (1, 7_500)):
         machine = plain_machine(release_ps=2_000, signal_ps=500, word_tokens=word_tokens)
         assert run(table, machine, workers=3)["start_ps"][1] == down_ps
+
+
+def blocks(*weights):
+    """An `up` for each of some weights, (expert, bytes): blocks of tokens share those of their expert."""
+    table = HandTable()
+    for expert, num_bytes in weights:
+        table.task("up", weights=num_bytes, expert=expert, tile=0)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("hbm_bytes_per_ns", "cache_bytes", "loaded_ps"),
+    [
+        (10.0, 1, [10_000, 10_000]),  # one stream, and who follows it
+        (10.0, 0, [20_000, 20_000]),  # two streams share the memory
+        (5.0, 1, [20_000, 20_000]),  # a CU could have them after 10 ns, but then they are not there
+    ],
+)
+def test_who_wants_weights_that_another_streams_follows_its_stream(run, hbm_bytes_per_ns, cache_bytes, loaded_ps):
+    machine = plain_machine(hbm_bytes_per_ns=hbm_bytes_per_ns, cache_bytes=cache_bytes)
+    records = run(blocks((0, 100), (0, 100)), machine, workers=2)
+    assert records["loaded_ps"].tolist() == loaded_ps
+    assert records["flags"].tolist() == [0, FROM_CACHE if cache_bytes else 0]
+    assert memory_bytes(records).tolist() == [100, 0 if cache_bytes else 100]
+
+
+@pytest.mark.parametrize(("cache_bytes", "last_ps"), [(300, 50_000), (299, 60_000)])
+def test_weights_stay_in_the_cache_until_so_many_others_were_read(run, cache_bytes, last_ps):
+    # 5 bytes a ns from memory, 10 from the cache: 20 + 60 ns, and then 10 or 20
+    machine = plain_machine(hbm_bytes_per_ns=5.0, cache_bytes=cache_bytes)
+    records = run(blocks((0, 100), (1, 300), (0, 100)), machine)
+    assert records["loaded_ps"].tolist() == [20_000, 80_000, 40_000 + last_ps]
+
+
+def test_a_follower_that_comes_late_takes_its_own_time(run):
+    # worker 1 first has 10 bytes of its own: 1 ns; then the other's 20, which are there at 2 ns
+    records = run(
+        blocks((0, 20), (1, 10), (0, 20)),
+        plain_machine(cache_bytes=1),
+        workers=2,
+        queue="replay",
+        lists=[[[0], [1, 2]]],
+    )
+    assert records["loaded_ps"].tolist() == [2_000, 1_000, 3_000]
+
+
+@pytest.mark.parametrize(("in_order", "starts_ps"), [(False, [0, 5_000, 0]), (True, [0, 5_000, 6_000])])
+def test_in_order_a_worker_takes_one_more_pick_and_keeps_it_for_later(run, in_order, starts_ps):
+    table = waiting()
+    table.task("up", flops=1)
+    machine = plain_machine(in_order=in_order, prefetch=False)
+    records = run(table, machine, workers=2, queue="ticket", look_ahead=1)
+    assert records["ticket_ps"].tolist() == [0, 0, 0]
+    assert records["worker"].tolist() == [0, 1, 1]
+    assert records["start_ps"].tolist() == starts_ps
+
+
+@pytest.mark.parametrize(("in_order", "worker", "start_ps"), [(False, 1, 0), (True, 0, 5_000)])
+def test_in_order_a_worker_that_waits_takes_nothing_from_another_domain(run, in_order, worker, start_ps):
+    table = waiting()  # ranks 0 and 2 are of domain 0, rank 1 of domain 1
+    table.task("up", flops=1)
+    machine = plain_machine(in_order=in_order, prefetch=False, num_domains=2)
+    records = run(table, machine, workers=2, queue="domain", look_ahead=1)
+    assert records["start_ps"].tolist() == [0, 5_000, start_ps]
+    assert records["worker"][2] == worker

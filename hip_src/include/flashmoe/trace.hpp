@@ -23,6 +23,7 @@ enum TraceFlag : u16 {
   trace_waited = 1,        // inputs were not there when the worker first looked
   trace_out_of_order = 2,  // run while an older pick of the same worker waited (look-ahead)
   trace_stolen = 4,        // taken from another domain's counter
+  trace_from_cache = 8,    // simulated: its weights lay in the cache
 };
 
 //! A worker's buffer. Records past the capacity are counted, not kept.
