@@ -10,7 +10,7 @@ from flashmoe.calibrate.device import SLOTS, device_parameters, fit_knee, mean_l
 from flashmoe.calibrate.measurements import Measurements
 from flashmoe.machine import parameter_units
 
-RECORDED = Path(__file__).parents[2] / "results" / "2026-11-23-h200-calibration" / "calibrate.json"
+RECORDED = Path(__file__).parents[2] / "results" / "2026-11-26-h200-validation" / "calibration" / "calibrate.json"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def raw(benchmark, quantity, **conditions):
 def test_every_parameter_is_one_of_the_model_with_its_spread_and_source(recorded):
     parameters = device_parameters(recorded)
     assert parameters.keys() < parameter_units().keys()
-    assert len(parameters) == 15
+    assert len(parameters) == 16
     for name, parameter in parameters.items():
         assert parameter.value > 0, name
         assert parameter.spread >= 0
@@ -43,7 +43,7 @@ def test_every_parameter_is_one_of_the_model_with_its_spread_and_source(recorded
 def test_bandwidth_is_right_for_one_cu_and_for_all(recorded):
     parameters = device_parameters(recorded)
     total, cap, knee = (parameters[name].value for name in ("hbm_bytes_per_ns", "cu_bytes_per_ns", "knee"))
-    assert cap == 102.4
+    assert cap == 78.8
     # (c^-p + (B / n)^-p)^(-1/p) for each of 132
     together = 132 * (cap**-knee + (total / 132) ** -knee) ** (-1 / knee)
     assert together == pytest.approx(raw("read_bandwidth", "total", slots=SLOTS, sms=132)["median"], rel=1e-3)
@@ -73,7 +73,7 @@ def test_a_release_is_what_an_add_takes_longer_than_a_word(recorded):
 def test_times_are_medians_in_ps(recorded):
     parameters = device_parameters(recorded)
     assert parameters["launch_ps"].value == 768_000
-    assert parameters["launch_step_ps"].value == round(64_000 / 131)
+    assert parameters["launch_step_ps"].value == round(32_000 / 131)
     loaded_ticket = raw("ticket", "latency", what="one in 2 us each", streams="all SMs stream")
     assert parameters["ticket_ps"].value == parameters["ticket_far_ps"].value == round(1000 * loaded_ticket["median"])
 
