@@ -56,8 +56,10 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
       for (u32 i = group.worker * 32 + threadIdx.x % 32; i < lines; i += params.num_workers * 32)
         sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
     }
-    sm90::prefetch(params.up_tiles);
-    sm90::prefetch(params.down_tiles);
+    if constexpr (mode != Mode::words) {
+      sm90::prefetch(params.up_tiles);
+      sm90::prefetch(params.down_tiles);
+    }
     group.begin<traced>();
     Streamer<mode>(group, graph).run();
   } else if (warp < R::signal) {

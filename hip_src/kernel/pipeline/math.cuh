@@ -62,7 +62,7 @@ class Mathematician {
   //! first instructions of a launch come from afar, and the sooner the fewer there are.
   __device__ __forceinline__ bool begin_given() {
     const Params& params = group_.params;
-    const bool is_given = params.queue == QueueKind::ticket || params.queue == QueueKind::stride;
+    const bool is_given = params.queue != QueueKind::replay;  // its number is its first rank
     if (!graph_.gate_inside || !is_given || group_.worker >= graph_.num_gate()) return false;
     const u32 tiles = graph_.tiling.gate_tiles(graph_.shape);
     const u32 block = group_.worker / tiles, tile = group_.worker % tiles;
@@ -74,31 +74,30 @@ class Mathematician {
   __device__ __forceinline__ void do_tasks() {
     clear_sums();
     for (Work work; next_item(work);) {
-      Item& item = group_.item(items_.slot);
       group_.template complete<mode>(work, graph_.plan);
-      if (mode == Mode::words && work.kind == plan_item) {
-        done_with_item();
-        continue;
-      }
-      stamp_turn(item);
-      if (traced && mode == Mode::words && threadIdx.x == 0 && work.is(TaskKind::up)) {
-        item.block = graph_.plan.block_offset[work.expert];
-        item.id = graph_.first_up() + item.block * graph_.up_per_block() + work.tile;
-      }
-      if (work.is(TaskKind::up)) {
-        if (mode != Mode::words) clear_sums();
-        // words: a slot has room for as many columns as there are tokens
-        multiply<d_model>(work, work.count, lane_ / 4 < work.count);
-        put_partial(ceil_div(work.count, 8));
-      } else if (work.is(TaskKind::down)) {
-        down(work, item);
-      } else {
-        combine(work, item);
-        record(item);
-      }
-      ++num_tasks_;
+      if (mode != Mode::words || work.kind != plan_item) do_task(work, group_.item(items_.slot));
       done_with_item();
     }
+  }
+
+  __device__ __forceinline__ void do_task(const Work& work, Item& item) {
+    stamp_turn(item);
+    if (traced && mode == Mode::words && threadIdx.x == 0 && work.is(TaskKind::up)) {
+      item.block = graph_.plan.block_offset[work.expert];
+      item.id = graph_.first_up() + item.block * graph_.up_per_block() + work.tile;
+    }
+    if (work.is(TaskKind::up)) {
+      if (mode != Mode::words) clear_sums();
+      // words: a slot has room for as many columns as there are tokens
+      multiply<d_model>(work, work.count, lane_ / 4 < work.count);
+      put_partial(ceil_div(work.count, 8));
+    } else if (work.is(TaskKind::down)) {
+      down(work, item);
+    } else {
+      combine(work, item);
+      record(item);
+    }
+    ++num_tasks_;
   }
 
   //! False: there is none.

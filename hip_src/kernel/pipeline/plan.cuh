@@ -378,6 +378,19 @@ struct Planner {
     return none;
   }
 
+  //! To each value those that the lanes before have.
+  template <u32 size>
+  __device__ __forceinline__ void add_lanes_before(u32 (&values)[size]) const {
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+#pragma unroll
+      for (u32& value : values) {
+        const u32 other = __shfl_up_sync(~0u, value, step);
+        if (lane >= step) value += other;
+      }
+    }
+  }
+
   //! Prefix sums over the experts: a warp has 32 of them, and adds up those before. With one PE all tokens
   //! are its own: most orders are that of the ids. `count`: tokens, or a bit for each.
   template <Mode mode>
@@ -395,14 +408,7 @@ struct Planner {
 #pragma unroll
       for (u32 s = 0; s < 2; ++s) before[s] = __reduce_add_sync(~0u, before[s]);
       u32 up_to[2] = {mine[0], mine[1]};
-#pragma unroll
-      for (u32 step = 1; step < 32; step *= 2) {
-#pragma unroll
-        for (u32 s = 0; s < 2; ++s) {
-          const u32 other = __shfl_up_sync(~0u, up_to[s], step);
-          if (lane >= step) up_to[s] += other;
-        }
-      }
+      add_lanes_before(up_to);
       const u32 expert = own * 32 + lane;
       if (expert >= num_experts) continue;
 #pragma unroll
@@ -461,14 +467,10 @@ struct Planner {
     for (u32 base = 0; base < active; base += 32) {
       const u32 i = base + lane;
       const u32 blocks = i < active ? plan.expert_blocks(plan.sequence[i]) : 0;
-      u32 sum = blocks;
-#pragma unroll
-      for (u32 width = 1; width < 32; width *= 2) {
-        const u32 other = __shfl_up_sync(~0u, sum, width);
-        if (lane >= width) sum += other;
-      }
-      if (i < active) plan.sequence_offset[i] = before + sum - blocks;
-      before += __shfl_sync(~0u, sum, 31);
+      u32 sum[1] = {blocks};
+      add_lanes_before(sum);
+      if (i < active) plan.sequence_offset[i] = before + sum[0] - blocks;
+      before += __shfl_sync(~0u, sum[0], 31);
     }
     if (lane == 0) plan.sequence_offset[active] = before;
   }
