@@ -88,7 +88,10 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
 
 def first_of_same_weights(tasks: Any) -> NDArray[np.int64]:
     """(n,) row of the first task with the same weights: blocks of tokens share those of a tile, nothing else does."""
-    _, first, weights = np.unique(tasks[["pe", "kind", "expert", "tile"]], return_index=True, return_inverse=True)
+    key = tasks["pe"].astype(np.int64) << 3 | tasks["kind"]
+    for name in ("expert", "tile"):  # from -1 on, and fewer than 2^21
+        key = (key << 21) + tasks[name] + 1
+    _, first, weights = np.unique(key, return_index=True, return_inverse=True)
     rows: NDArray[np.int64] = first[weights.reshape(-1)].astype(np.int64)
     return rows
 
