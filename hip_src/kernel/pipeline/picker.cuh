@@ -29,8 +29,7 @@ class Picker {
     const u32 end = replay ? params.replay_offset[group_.worker + 1] : 0;
     // Where all picks that need no plan are given with the launch, no counter has to be asked whether there
     // is another: the plan is made while the first ticket for what comes after it is on its way.
-    const bool all_given =
-        !replay && params.queue != QueueKind::domain && decode.num_early() <= params.num_workers;
+    const bool all_given = !replay && decode.num_early() <= params.num_workers;
     bool is_asked_for = false, is_planned = false;  // the plan
     u32 in_hand = none;                             // in hand: a rank, or the id of a list
     // Where tasks are short, the next ticket is asked for before the present one is looked at.
