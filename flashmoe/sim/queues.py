@@ -69,7 +69,6 @@ class DomainQueue(TicketQueue):
         self._env = stage.env
         self._counters = [Counter(stage.env) for _ in range(stage.pe.num_domains)]
         self._near_ps, self._far_ps = stage.near_ticket_ps, stage.shared_ticket_ps
-        self._is_away = [False] * stage.pe.num_workers  # whose own domain is exhausted
         for worker in self._first:
             self._counters[worker % stage.pe.num_domains].value += 1
 
@@ -77,7 +76,7 @@ class DomainQueue(TicketQueue):
         if worker.index in self._first:  # of its own domain: that number is its rank
             self._first.remove(worker.index)
             self._answer(worker, self._pick(worker.index), got)
-        elif not self._is_away[worker.index]:
+        elif not worker.is_away:
             self._take(worker, worker.domain, self._near_ps, got)
         elif len(self._counters) == 1:
             got(None)
@@ -100,7 +99,7 @@ class DomainQueue(TicketQueue):
 
     def _answer(self, worker: Worker, pick: int | None, got: Got) -> None:
         if pick is None:
-            self._is_away[worker.index] = True
+            worker.is_away = True
             if worker.layer.in_order and worker.is_busy:
                 got(ELSEWHERE)
             else:

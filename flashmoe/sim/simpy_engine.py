@@ -57,10 +57,10 @@ class Worker:
         self.index = index
         self.domain = index % pe.num_domains
         self.held: list[Pick] = []  # oldest first
+        self.is_away = False  # its own domain has no more picks: it takes those of others
         self.waits_for = "nothing"  # "inputs", "slot" (of the push queue) or "nothing": for who asks after a deadlock
         self.slot = 0
         self._more = True  # the queue has more picks for this worker
-        self._is_away = False  # but takes them from other domains
         self._is_running = False
         self._asking = False  # the queue is looking up the next pick, perhaps while a task runs
         self._asked_ps = 0
@@ -97,7 +97,7 @@ class Worker:
     def _enter(self, stage: Stage) -> Steps:
         """Launched with the layer, or on from the one before."""
         self.stage, self.layer = stage, stage.layer
-        self._more, self._is_away = True, False
+        self._more, self.is_away = True, False
         if stage.is_launch:
             start_ps = self.pe.start_ps[self.index]
             if stage.before is not None:
@@ -179,9 +179,7 @@ class Worker:
         self._asking = False
         if row is None:
             self._more = False
-        elif row == ELSEWHERE:
-            self._is_away = True
-        else:
+        elif row != ELSEWHERE:
             self.held.append(self._hold(row, self._asked_ps))
         self._wake("pick")
 
@@ -191,7 +189,8 @@ class Worker:
         Or have it at hand by then, if the machine asks early. One pick, and only if nothing else is held: a CU has
         room for one task's weights beside those in use.
         """
-        if self._more and not self._is_away and not self._asking and not self.held and self.stage.queue.runs_ahead:
+        stays = self.layer.in_order and self.is_away  # until it has nothing in hand, see ELSEWHERE
+        if self._more and not stays and not self._asking and not self.held and self.stage.queue.runs_ahead:
             self._ask()
 
     @property
@@ -215,7 +214,7 @@ class Worker:
         if not self.held:
             return True
         if self.layer.in_order:
-            return len(self.held) == 1 and not self._is_away
+            return len(self.held) == 1 and not self.is_away
         kind = self.layer.kind[self.held[0].row]
         # a down that cannot be decoded yet waits for the plan, and so for other PEs
         waits_for_own_pe = kind in OWN_PE_KINDS and (kind not in PLANNED_KINDS or self.sees(self.stage.planned))

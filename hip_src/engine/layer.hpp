@@ -13,10 +13,9 @@ namespace flashmoe::engine {
 //! One PE's share of one layer.
 struct Stage {
   u32 num_picks = 0;
-  u32 planned = 0, entry = 0;  // events; entry: what the layer before left is there
-  std::vector<Counter> heads;  // of the queue: one, or one a domain
-  // [worker] picks taken (static, replay); whether its own domain is exhausted (domain)
-  std::vector<u32> turn;
+  u32 planned = 0, entry = 0;           // events; entry: what the layer before left is there
+  std::vector<Counter> heads;           // of the queue: one, or one a domain
+  std::vector<u32> turn;                // [worker] picks taken (static, replay)
   std::vector<std::uint8_t> has_first;  // [worker] has had the ticket that is given with the launch
   bool sends_words = false;             // results are their own signal
   std::vector<u32> launched;            // workers that have ended the layer before

@@ -24,7 +24,7 @@ class Queues {
     return kind_ == QueueKind::push && stage_of(w).push->completed(w, c);
   }
 
-  u32 ask(const Worker& w) {
+  u32 ask(Worker& w) {
     const LayerGraph& graph = w.layer->graph;
     Stage& stage = stage_of(w);
     u32& turn = stage.turn[w.index];
@@ -40,9 +40,9 @@ class Queues {
       case QueueKind::domain:
         if (const u32 row = first(w); row != later) {
           if (row != none) return row;
-          turn = 1;
+          w.is_away = true;
         }
-        if (turn == 0) return take(w, static_cast<u32>(w.domain), env_.near_ticket);
+        if (!w.is_away) return take(w, static_cast<u32>(w.domain), env_.near_ticket);
         if (env_.p.num_domains == 1) return none;
         env_.clock.at(env_.now() + env_.shared_ticket.service_ps + env_.shared_ticket.latency_ps,
                       item(What::look, w.number));
@@ -76,7 +76,7 @@ class Queues {
     if (const u64 r = rank(head, ticket); r < stage.num_picks)
       return kind_ == QueueKind::push ? settle(w, ticket) : w.layer->graph.picks.by_rank[w.pe][r];
     if (kind_ != QueueKind::domain) return none;
-    stage.turn[w.index] = 1;
+    w.is_away = true;
     return env_.p.in_order && w.is_busy() ? only_elsewhere : ask(w);
   }
 

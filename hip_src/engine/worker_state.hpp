@@ -56,7 +56,7 @@ struct alignas(64) Worker {
   SleepsFor sleeps_for = SleepsFor::nothing;
   bool triggered = false;  // about to be woken
   bool more = true;        // the queue has more picks for this worker
-  bool is_away = false;    // but takes them from other domains
+  bool is_away = false;    // its own domain has no more: it takes those of others
   bool asking = false;     // the queue is looking up the next pick, perhaps while a task runs
   std::uint8_t current = no_pick, following = no_pick, awaited = no_pick;  // awaited: its weights
   std::uint8_t num_held = 0, first_stream = 0, num_streams = 0;

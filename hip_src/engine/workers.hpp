@@ -287,9 +287,7 @@ class Workers {
     w.asking = false;
     if (row == none) {
       w.more = false;
-    } else if (row == only_elsewhere) {
-      w.is_away = true;
-    } else {
+    } else if (row != only_elsewhere) {
       w.held[w.num_held] = picks_.hold(w, row, w.asked_ps);
       ++w.num_held;
     }
@@ -310,7 +308,8 @@ class Workers {
   //! With the weights of a task there, its worker's stream is free: takes the next pick while the task runs.
   //! Or has it at hand by then, if the machine asks early.
   void fetch_ahead(Worker& w) {
-    if (w.more && !w.is_away && !w.asking && w.num_held == 0 && queues_.runs_ahead()) ask(w);
+    const bool stays = env_.p.in_order && w.is_away;  // until it has nothing in hand
+    if (w.more && !stays && !w.asking && w.num_held == 0 && queues_.runs_ahead()) ask(w);
   }
 
   // --- tasks

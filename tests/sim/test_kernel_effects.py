@@ -247,3 +247,18 @@ def test_in_order_a_worker_that_waits_takes_nothing_from_another_domain(run, in_
     records = run(table, machine, workers=2, queue="domain", look_ahead=1)
     assert records["start_ps"].tolist() == [0, 5_000, start_ps]
     assert records["worker"][2] == worker
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_in_order_a_thief_takes_one_pick_at_a_time(run, in_order):
+    table = HandTable()
+    for rank in range(31):  # even ranks are of domain 0, long; worker 1 is done with domain 1 soon, and idle then
+        table.task("up", flops=1 if rank % 2 else 10)
+    machine = plain_machine(in_order=in_order, num_domains=2, ticket_ps=5_000, ticket_far_ps=1_000, ask_early=True)
+    records = run(table, machine, workers=2, queue="domain")
+    thief = records[records["worker"] == 1]
+    thief = thief[thief["start_ps"].argsort()]
+    stolen = thief["task_id"] % 2 == 0
+    waits = thief["asked_ps"][1:] >= thief["end_ps"][:-1]  # asked for when the one before was done
+    assert stolen.sum() >= 2
+    assert waits[stolen[1:]][1:].all() == in_order
