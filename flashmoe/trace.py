@@ -60,17 +60,16 @@ FROM_CACHE = 8
 # Figures, exports and comparisons cannot do without these; they say "unknown" for any other that is missing.
 REQUIRED_KEYS = ("executor", "ep_size", "num_workers", "num_domains")
 
+MEMBERS = ("records", "critical_path", "header")
+
+SIMULATORS = ("simpy", "native")
+
 
 def memory_bytes(records: NDArray[np.void]) -> NDArray[np.int64]:
     """(num_tasks,) weights that each of these tasks brings from memory, not from a cache [bytes]."""
     num_bytes: NDArray[np.int64] = records["hbm_bytes"].astype(np.int64)
     num_bytes[records["flags"] & FROM_CACHE > 0] = 0
     return num_bytes
-
-
-MEMBERS = ("records", "critical_path", "header")
-
-SIMULATORS = ("simpy", "native")
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,7 +142,4 @@ class Cache:
         finished()
 
     def _at(self, time_ps: int, call: Callable[[], None]) -> None:
-        def now(_: simpy.Event) -> None:
-            call()
-
-        self._env.timeout(time_ps - int(self._env.now)).callbacks.append(now)
+        self._env.timeout(time_ps - int(self._env.now)).callbacks.append(lambda _: call())

@@ -134,42 +134,29 @@ class GraphBuilder {
     graph_.outputs.push_back(0);
     graph_.tokens.push_back(0);
     if (g.gate_inside) {
-      const u32 tiles = g.tiling.gate_tiles(g.shape);
       for (u32 block = 0; block < g.num_route(); ++block)
-        add_tiles(g, block * tiles, tiles, block * tiles, g.num_route() > 1);
+        add_tiles(g, block * g.tiling.gate_tiles(g.shape), g.tiling.gate_tiles(g.shape));
     }
     for (u32 id = g.first_route(); id < g.first_up(); ++id) add_tiles(g, id, 1);
-    add_blocks(g, g.first_up(), g.up_per_block());
+    for (u32 block = 0; block < g.plan.num_blocks(); ++block)
+      add_tiles(g, g.first_up() + block * g.up_per_block(), g.up_per_block());
     if (g.by_rows()) {
       add_rows(g);
     } else if (!g.whole_experts()) {
-      add_blocks(g, g.first_down(), g.down_per_block());
+      for (u32 block = 0; block < g.plan.num_blocks(); ++block)
+        add_tiles(g, g.first_down() + block * g.down_per_block(), g.down_per_block());
     }
     for (u32 id = g.first_combine(); id < g.end_task(); ++id) add_tiles(g, id, 1);
     graph_.first.push_back(static_cast<u32>(graph_.class_of.size()));
     graph_.distinct_bytes.push_back(distinct_bytes(g));
   }
 
-  //! The tiles of all expert blocks.
-  void add_blocks(const TaskGraph& g, u32 first_id, u32 tiles) {
-    for (u32 i = 0; i < g.plan.num_active(); ++i) {
-      const u32 expert = g.plan.active[i], first = g.plan.block_offset[expert];
-      const u32 blocks = g.plan.block_offset[expert + 1] - first;
-      for (u32 block = 0; block < blocks; ++block)
-        add_tiles(g, first_id + (first + block) * tiles, tiles, block * tiles, blocks > 1);
-    }
-  }
-
   //! `count` tasks in a row, of which only the last may be of another size.
-  void add_tiles(const TaskGraph& g, u32 id, u32 count, u32 weights_back = 0, bool shares_weights = false) {
+  void add_tiles(const TaskGraph& g, u32 id, u32 count) {
     const u32 all = add_class(g, id);
-    graph_.classes[all].set_weights(weights_back, shares_weights);
     const bool last_differs = count > 1 && is_smaller(g, id + count - 1, all);
     graph_.add_rows(g.pe, all, count - (last_differs ? 1 : 0));
-    if (!last_differs) return;
-    const u32 last = add_class(g, id + count - 1);
-    graph_.classes[last].set_weights(weights_back, shares_weights);
-    graph_.add_rows(g.pe, last, 1);
+    if (last_differs) graph_.add_rows(g.pe, add_class(g, id + count - 1), 1);
   }
 
   //! down="rows": for each tile of the output, one task an active expert.
@@ -212,10 +199,24 @@ class GraphBuilder {
     });
     const u32 num_tokens =
         task.kind == TaskKind::dispatch ? g.rows_to(task.peer, task.first, task.num_tokens) : task.num_tokens;
-    return graph_.add_class(
+    const u32 number = graph_.add_class(
         g.pe,
         Amounts{task.kind, num_tokens, work.matrix_rows, work.weight_bytes, work.io_bytes, work.flops, 0},
         wait_, signal_, parameters_);
+    set_weights(g, task, graph_.classes[number]);
+    return number;
+  }
+
+  //! Blocks of tokens share the weights of a tile.
+  static void set_weights(const TaskGraph& g, const Task& task, TaskClass& c) {
+    if (task.kind == TaskKind::gate)
+      return c.set_weights(task.block * g.tiling.gate_tiles(g.shape), g.num_route() > 1);
+    const bool is_down = task.kind == TaskKind::down;
+    if (!is_finished_kind(c.kind) || (is_down && g.by_rows())) return;
+    const u32 local = task.expert - g.pe * g.plan.num_local;
+    const u32 before = task.block - g.plan.block_offset[local];
+    c.set_weights(before * (is_down ? g.down_per_block() : g.up_per_block()),
+                  g.plan.expert_blocks(local) > 1);
   }
 
   static double distinct_bytes(const TaskGraph& g) {
