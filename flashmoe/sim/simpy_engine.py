@@ -258,9 +258,9 @@ class Worker:
     def _loaded(self) -> None:
         pick = self._streams.popleft()
         pick.loaded_ps = int(self.env.now)
-        self._wake(pick)
         if self._streams:
             self._start_stream()
+        self._wake(pick)
 
     # --- tasks
 
