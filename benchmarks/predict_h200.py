@@ -47,6 +47,8 @@ PROTOTYPE = {
     "combine_overhead_ps": 230_000,
     "plan_ps": 0,
     "plan_token_ps": 0,
+    "sort_ps": 0,
+    "sort_expert_ps": 0,
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 

@@ -115,6 +115,7 @@ def run_layers(
     queue: int,
     order: int | None,
     look_ahead: int,
+    sorts_experts: bool,
     gap_ps: int | None,
     keep_records: bool,
     with_bounds: bool,

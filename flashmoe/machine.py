@@ -123,6 +123,10 @@ class Machine:
     )
     plan_ps: int = _parameter("ps", "a worker makes the lists of its experts, fixed part", default=0)
     plan_token_ps: int = _parameter("ps", "the same, for each token of the layer", default=0)
+    sort_ps: int = _parameter(
+        "ps", "and sorts its experts, if the policy's order is not that of ids, fixed part", default=0
+    )
+    sort_expert_ps: int = _parameter("ps", "the same, for each expert of the PE that has tokens", default=0)
     # fabric
     put_ps: int = _parameter("ps", "put with signal to another PE, one way, beyond its bytes")
     link_bytes_per_ns: float = _parameter("bytes/ns", "one direction between two PEs")

@@ -84,6 +84,13 @@ class Policy:
         """Per PE the ids of all picks (first tasks of chains), in this policy's order."""
         return table.order(self.order) if self.rank is None else rank_picks(table, self.rank)
 
+    def sorts_experts(self, num_pes: int) -> bool:
+        """Whether the lists of a PE's experts have to be sorted: its order is built in, and not that of their ids."""
+        if self.rank is not None or self.queue == "replay":
+            return False
+        # with one PE all tokens are its own
+        return self.order in ("lpt", "arrival") or (num_pes > 1 and self.order in ("local_first", "remote_first"))
+
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "queue": self.queue, "order": self.order, "look_ahead": self.look_ahead}
 

@@ -181,6 +181,9 @@ class Handed:
     def picks(self, table: TaskTable) -> list[list[int]]:
         return self.orders
 
+    def sorts_experts(self, num_pes: int) -> bool:
+        return False
+
 
 def deadlocks(
     engine: str, table: TaskTable, machine: Any, num_workers: int, policy: Any, lists: Any, seed: int

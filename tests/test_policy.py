@@ -135,6 +135,30 @@ def order_of(rank, gate=False):
     return [(KINDS[task["kind"]], int(task["expert"])) for task in tasks]
 
 
+@pytest.mark.parametrize(
+    ("name", "num_pes", "sorts"),
+    [
+        ("ticket", 1, False),
+        ("ticket", 8, False),
+        ("expert_lpt", 1, True),
+        ("expert_lpt", 8, True),
+        ("local_first", 1, False),
+        ("local_first", 2, True),
+        ("remote_first", 1, False),
+        ("remote_first", 2, True),
+    ],
+)
+def test_orders_that_are_not_of_ids_need_experts_sorted(name, num_pes, sorts):
+    assert resolve(name).sorts_experts(num_pes) == sorts
+
+
+def test_an_order_that_is_handed_in_needs_no_sorting():
+    assert Policy(name="as met", order="arrival").sorts_experts(1)
+    assert not Policy(name="ranked", order="arrival", rank=lambda task: 0).sorts_experts(1)
+    lists = [[[0]]]
+    assert not Policy(name="again", queue="replay", order="arrival", replay=lists).sorts_experts(1)
+
+
 def test_ranks_decide_among_what_is_ready():
     # by the number of tokens alone: the up of 3 tokens, then its down, which is ready now and has 3 as well
     big_first = order_of(lambda task: -task.num_tokens)

@@ -26,6 +26,9 @@ from flashmoe.routing import Routing
 # By tokens: as few as there are, as many as go as words, as lists, so many that lists take time; and full blocks.
 ROUTINGS = {1: "uniform", 4: "uniform", 8: "uniform", 16: "uniform", 64: "uniform", 128: "hot:16", 256: "uniform"}
 
+# Again, with a policy for which experts have to be sorted.
+SORTED_TOKENS = (1, 8, 64)
+
 _LIMIT_S = 100.0
 
 Tell = Callable[[str], None]
@@ -57,6 +60,9 @@ def measure_single_tasks(model: MoEModel, *, repeats: int = 3, seed: int = 0) ->
     for tokens, routing in ROUTINGS.items():
         policy = resolve("static_phase", tuned(tokens).tiling)
         launches.append(Launch(policy, Routing.parse(routing, model, tokens, 1, seed), workers=1))
+    for tokens in SORTED_TOKENS:
+        policy = resolve("expert_lpt", tuned(tokens).tiling)
+        launches.append(Launch(policy, Routing.parse(ROUTINGS[tokens], model, tokens, 1, seed), workers=1))
     return measure_layers(model, launches, repeats=repeats, seed=seed)
 
 
@@ -106,7 +112,9 @@ def calibrate_gpu(
             tell("launches of single tasks")
         layers = measure_single_tasks(model)
         for layer in layers if folder is not None else ():
-            layer.save(kept / f"single-tasks-{layer.trace.header['num_tokens'][0]:03d}.npz")
+            is_sorted = layer.policy.sorts_experts(1)
+            name = f"single-tasks-{layer.trace.header['num_tokens'][0]:03d}{'-sorted' if is_sorted else ''}.npz"
+            layer.save(kept / name)
         return gpu_machine(name, base, measured, layers)
 
 

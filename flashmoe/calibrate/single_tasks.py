@@ -16,6 +16,7 @@ from flashmoe.calibrate.device import Parameter
 from flashmoe.calibrate.measurements import Measurements
 from flashmoe.machine import Machine, parameter_units
 from flashmoe.measured import MeasuredLayer
+from flashmoe.sim.costs import num_active_experts
 from flashmoe.trace import KINDS, Trace
 from flashmoe.validate import kind_errors, simulate_as
 
@@ -44,11 +45,14 @@ def bare_machine(machine: Machine, measured: Measurements) -> Machine:
 def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
     """The kernel's rate, fixed parts by kind, prologue and lists. bare: see `bare_machine`.
 
+    Layers whose policy has experts sorted tell what that takes, and nothing else.
     Raises: ValueError unless each layer was launched with one worker, and there are two numbers of tokens.
     """
     for layer in layers:
         if layer.trace.num_workers != 1:
             raise ValueError(f"a launch with {layer.trace.num_workers} workers (must be 1: one task at a time)")
+    sorted_layers = [layer for layer in layers if layer.policy.sorts_experts(1)]
+    layers = [layer for layer in layers if not layer.policy.sorts_experts(1)]
     tokens = np.array([layer.trace.header["num_tokens"][0] for layer in layers], np.float64)
     if len(set(tokens.tolist())) < 2:
         raise ValueError(f"launches of {sorted(set(tokens.tolist()))} tokens (must be two numbers at least)")
@@ -76,7 +80,25 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     told = f"end of the last route to the first up of one worker, {min(tokens):.0f} to {max(tokens):.0f} tokens"
     parameters["plan_ps"] = Parameter(max(0, round(fixed_ns * 1000)), spread_ns * 1000, "fitted", told)
     parameters["plan_token_ps"] = Parameter(max(0, round(slope_ns * 1000)), 0.0, "fitted", told)
-    return parameters
+    return parameters | _sorting(sorted_layers, layers)
+
+
+def _sorting(sorted_layers: Sequence[MeasuredLayer], layers: Sequence[MeasuredLayer]) -> dict[str, Parameter]:
+    """What lists take longer where experts are sorted: a fixed part, a time an expert; nothing without two layers."""
+    lists_ns = {layer.trace.header["num_tokens"][0]: _lists_ns(layer.trace) for layer in layers}
+    pairs = [(layer, layer.trace.header["num_tokens"][0]) for layer in sorted_layers]
+    pairs = [(layer, tokens) for layer, tokens in pairs if tokens in lists_ns]
+    if len(pairs) < 2:
+        return {}
+    experts = [num_active_experts(layer.table.tasks, 1)[0] for layer, _ in pairs]
+    longer_ns = np.array([_lists_ns(layer.trace) - lists_ns[tokens] for layer, tokens in pairs])
+    slope_ns, fixed_ns = np.polyfit(experts, longer_ns, 1)
+    spread_ns = float(np.max(np.abs(np.polyval([slope_ns, fixed_ns], experts) - longer_ns)))
+    told = f"the same longer, where {min(experts)} to {max(experts)} experts are sorted"
+    return {
+        "sort_ps": Parameter(max(0, round(fixed_ns * 1000)), spread_ns * 1000, "fitted", told),
+        "sort_expert_ps": Parameter(max(0, round(slope_ns * 1000)), 0.0, "fitted", told),
+    }
 
 
 def _feed(steps: Sequence[Step], bare: Machine) -> dict[str, Parameter]:

@@ -96,6 +96,13 @@ def first_of_same_weights(tasks: Any) -> NDArray[np.int64]:
     return rows
 
 
+def num_active_experts(tasks: Any, num_pes: int) -> NDArray[np.int64]:
+    """(num_pes,) experts of each PE that have tokens."""
+    of_expert = tasks[np.isin(tasks["kind"], [KINDS.index("up"), KINDS.index("expert")])]
+    pairs = np.unique(of_expert[["pe", "expert"]])
+    return np.bincount(pairs["pe"], minlength=num_pes).astype(np.int64)
+
+
 def remote_bytes(table: TaskTable) -> NDArray[np.float64]:
     """(n,) float64, bytes that each task stores to other PEs [bytes]."""
     source = segment_owner(table.signal_ptr)

@@ -90,8 +90,9 @@ EFFECTS: dict[str, Effect] = {
         _set(word_tokens=0),
     ),
     "plan": Effect(
-        "Every worker makes lists of its experts' tokens before it can run what follows. Without: it has them.",
-        _set(plan_ps=0, plan_token_ps=0),
+        "Every worker makes lists of its experts' tokens, sorted as the order says, before it can run what follows. "
+        "Without: it has them.",
+        _set(plan_ps=0, plan_token_ps=0, sort_ps=0, sort_expert_ps=0),
     ),
     "link_latency": Effect(
         "A put takes a while to be seen by the other PE, beyond its bytes. Without: only its bytes take time.",

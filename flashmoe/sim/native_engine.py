@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flashmoe import _native
 from flashmoe.policy import QUEUES, Policy  # in the order of enum class QueueKind
-from flashmoe.sim.costs import first_of_same_weights
+from flashmoe.sim.costs import first_of_same_weights, num_active_experts
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.parameters import Parameters
 from flashmoe.sim.records import make_records
@@ -80,6 +80,7 @@ def run_layers(
         queue=QUEUES.index(policy.queue),
         order=ORDERS.index(policy.order) if ranked else None,
         look_ahead=policy.look_ahead,
+        sorts_experts=policy.sorts_experts(parameters.num_pes),
         gap_ps=gap_ps,
         keep_records=keep_records,
         with_bounds=with_bounds,
@@ -110,6 +111,7 @@ def _listed(table: TaskTable) -> dict[str, Any]:
         **{name: np.ascontiguousarray(tasks[name]) for name in columns},
         **{name: np.asarray(getattr(table, name)) for name in edges},
         "weights": first_of_same_weights(tasks),
+        "num_active": num_active_experts(tasks, len(first) - 1),
         "signal_bytes": np.asarray(table.signal_bytes),
         "first": first,
         "first_id": first_id,

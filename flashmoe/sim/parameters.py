@@ -45,9 +45,11 @@ class Parameters:
         """Domains in use: each has at least one worker."""
         return min(self.machine.num_domains, self.num_workers)
 
-    def plan_ps(self, num_tokens: int) -> int:
-        """What the lists of a layer of so many tokens, over all PEs, take [ps]."""
-        return self.machine.plan_ps + self.machine.plan_token_ps * num_tokens
+    def plan_ps(self, num_tokens: int, num_sorted: int | None) -> int:
+        """What the lists of a layer of so many tokens, over all PEs, take [ps]. num_sorted: experts to sort, if any."""
+        machine = self.machine
+        sort_ps = 0 if num_sorted is None else machine.sort_ps + machine.sort_expert_ps * num_sorted
+        return machine.plan_ps + machine.plan_token_ps * num_tokens + sort_ps
 
     @property
     def jitters(self) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from flashmoe.policy import Policy
 from flashmoe.sim.bandwidth import Cache, CappedSharing, Weights
-from flashmoe.sim.costs import FINISHED_KINDS, FIRST_KINDS, PLANNED_KINDS, task_costs
+from flashmoe.sim.costs import FINISHED_KINDS, FIRST_KINDS, PLANNED_KINDS, num_active_experts, task_costs
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.events import Events
 from flashmoe.sim.parameters import Parameters
@@ -477,8 +477,11 @@ class Layer:
         before = run.layers[-1] if run.layers else None
         pipelined = before is not None and self.gap_ps is None
         entry_target = before.outputs if before is not None and pipelined else [0] * table.num_pes
-        plan_ps = run.parameters.plan_ps(int(num_tokens.sum()))
-        use_ps = dict.fromkeys(table.planned_event.tolist(), plan_ps)
+        active: list[int | None] = [None] * table.num_pes
+        if policy.sorts_experts(table.num_pes):
+            active = num_active_experts(tasks, table.num_pes).tolist()
+        plan_ps = [run.parameters.plan_ps(int(num_tokens.sum()), num_sorted) for num_sorted in active]
+        use_ps = dict(zip(table.planned_event.tolist(), plan_ps, strict=True))
         self.events = Events(run.env, table.event_target.tolist() + entry_target, use_ps)
         if pipelined:
             for row, (pe, kind) in enumerate(zip(table.tasks["pe"].tolist(), self.kind, strict=True)):

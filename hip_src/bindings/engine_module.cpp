@@ -48,6 +48,8 @@ Parameters make_parameters(const py::dict& given) {
   number("word_tokens", p.word_tokens);
   number("plan_ps", p.plan_ps);
   number("plan_token_ps", p.plan_token_ps);
+  number("sort_ps", p.sort_ps);
+  number("sort_expert_ps", p.sort_expert_ps);
   number("matrix_tokens", p.matrix_tokens);
   number("jitter_bytes", p.jitter_bytes);
   number("cache_bytes", p.cache_bytes);
@@ -157,6 +159,7 @@ class ListedLayer : public LayerSource {
         first_id_(to_vector<u32>(table["first_id"])),
         event_target_(to_vector<u32>(table["event_target"])),
         planned_event_(to_vector<u32>(table["planned_event"])),
+        num_active_(to_vector<u32>(table["num_active"])),
         wait_event_(to_vector<u32>(table["wait_event"])),
         signal_event_(to_vector<u32>(table["signal_event"])),
         event_pe_(to_vector<u16>(table["event_pe"])),
@@ -179,6 +182,7 @@ class ListedLayer : public LayerSource {
     g.outputs.assign(g.num_pes, 0);
     g.tokens.assign(g.num_pes, 0);
     g.distinct_bytes.assign(g.num_pes, 0.0);
+    g.num_active = num_active_;
     std::vector<u32> waits;
     std::vector<SignalTo> signals;
     for (std::size_t row = 0; row < pe_.size(); ++row) {
@@ -205,7 +209,7 @@ class ListedLayer : public LayerSource {
  private:
   bool by_rows_;
   std::vector<u32> pe_, kind_, num_tokens_, num_rows_, weights_, chain_, first_, first_id_, event_target_,
-      planned_event_, wait_event_, signal_event_;
+      planned_event_, num_active_, wait_event_, signal_event_;
   std::vector<u16> event_pe_;
   std::vector<u64> weight_bytes_, io_bytes_, flops_, wait_ptr_, signal_ptr_, signal_bytes_;
 };
@@ -257,8 +261,8 @@ py::dict result_dict(const Result& r) {
 
 //! progress: called with the number of tasks done; raises to stop.
 py::dict run_layers(const py::dict& given, const std::vector<std::shared_ptr<LayerSource>>& layers, u32 queue,
-                    std::optional<u32> order, u32 look_ahead, std::optional<i64> gap_ps, bool keep_records,
-                    bool with_bounds, const std::function<void(u64)>& progress) {
+                    std::optional<u32> order, u32 look_ahead, bool sorts_experts, std::optional<i64> gap_ps,
+                    bool keep_records, bool with_bounds, const std::function<void(u64)>& progress) {
   const Parameters p = make_parameters(given);
   std::optional<Order> ranked;
   if (order) ranked = static_cast<Order>(*order);
@@ -266,6 +270,7 @@ py::dict run_layers(const py::dict& given, const std::vector<std::shared_ptr<Lay
   RunConfig config;
   config.queue = static_cast<QueueKind>(queue);
   config.look_ahead = look_ahead;
+  config.sorts_experts = sorts_experts;
   config.num_layers = static_cast<u32>(layers.size());
   config.pipelined = !gap_ps;
   config.gap_ps = gap_ps.value_or(0);
@@ -332,6 +337,6 @@ void bind_engine(py::module_& module) {
   module.def("priority_queue_loop", &priority_queue_loop, py::arg("num_tasks"), py::arg("num_workers"),
              py::call_guard<py::gil_scoped_release>());
   module.def("run_layers", &run_layers, py::arg("parameters"), py::arg("layers"), py::arg("queue"),
-             py::arg("order"), py::arg("look_ahead"), py::arg("gap_ps"), py::arg("keep_records"),
-             py::arg("with_bounds"), py::arg("progress"));
+             py::arg("order"), py::arg("look_ahead"), py::arg("sorts_experts"), py::arg("gap_ps"),
+             py::arg("keep_records"), py::arg("with_bounds"), py::arg("progress"));
 }

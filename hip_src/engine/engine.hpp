@@ -61,6 +61,7 @@ struct Result {
 struct RunConfig {
   QueueKind queue;
   u32 look_ahead;
+  bool sorts_experts;  // the policy's order is not that of their ids
   u32 num_layers;
   bool pipelined;  // one launch runs all layers
   i64 gap_ps;      // else: dense compute between two layers

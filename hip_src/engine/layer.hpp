@@ -105,7 +105,9 @@ class Layers {
       Stage stage;
       stage.planned = g.planned_event[pe];
       stage.sends_words = env_.p.word_tokens > 0 && g.tokens[pe] <= env_.p.word_tokens;
-      l.events.set_use(stage.planned, plan_ps);
+      const i64 sort_ps =
+          config_.sorts_experts ? env_.p.sort_ps + env_.p.sort_expert_ps * g.num_active[pe] : 0;
+      l.events.set_use(stage.planned, plan_ps + sort_ps);
       stage.entry = l.events.add(l.is_pipelined ? (*this)[number - 1].graph.outputs[pe] : 0);
       stage.heads.resize(config_.queue == QueueKind::domain ? env_.p.num_domains : 1);
       stage.turn.assign(env_.p.num_workers, 0);

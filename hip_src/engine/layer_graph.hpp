@@ -53,6 +53,7 @@ struct LayerGraph {
   std::vector<u32> planned_event;  // [num_pes]
   std::vector<u32> outputs;        // [num_pes] tasks that signal nothing: they write what the layer leaves
   std::vector<u32> tokens;         // [num_pes] that are routed there
+  std::vector<u32> num_active;     // [num_pes] experts with tokens
   std::vector<double> distinct_bytes;  // [num_pes] weights that are read at least once
   Picks picks;
 
@@ -133,6 +134,7 @@ class GraphBuilder {
     graph_.first_id.push_back(g.first_task());
     graph_.outputs.push_back(0);
     graph_.tokens.push_back(0);
+    graph_.num_active.push_back(g.plan.num_active());
     if (g.gate_inside) {
       for (u32 block = 0; block < g.num_route(); ++block)
         add_tiles(g, block * g.tiling.gate_tiles(g.shape), g.tiling.gate_tiles(g.shape));

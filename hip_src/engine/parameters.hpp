@@ -17,7 +17,7 @@ struct Parameters {
   double hbm_bytes_per_ns, cu_bytes_per_ns, cu_flops_per_ns, cache_bytes_per_ns, feed_bytes_per_ns,
       store_bytes_per_ns, link_bytes_per_ns, port_bytes_per_ns;
   i64 ticket_ps, ticket_far_ps, ticket_service_ps, ticket_far_service_ps;
-  i64 put_ps, link_message_ps, gap_ps, slice_ps, stall_ps, plan_ps, plan_token_ps;
+  i64 put_ps, link_message_ps, gap_ps, slice_ps, stall_ps, plan_ps, plan_token_ps, sort_ps, sort_expert_ps;
   std::array<double, 7> overhead_ps;             // by TaskKind
   std::vector<double> speeds;                    // [num_pes]
   std::vector<i64> start_ps;                     // [num_workers]

@@ -24,6 +24,8 @@ BARE = replace(
     prologue_ps=0,
     plan_ps=1,
     plan_token_ps=0,
+    sort_ps=0,
+    sort_expert_ps=0,
     finish_beside=True,
     word_tokens=8,
 )
@@ -38,12 +40,14 @@ TRUTH = {
     "prologue_ps": 1_000_000,
     "plan_ps": 3_000_000,
     "plan_token_ps": 11_000,
+    "sort_ps": 400_000,
+    "sort_expert_ps": 50_000,
 }
 
 
-def launched(tokens, machine, workers=1):
+def launched(tokens, machine, workers=1, policy="static_phase"):
     """A layer that was "measured" on a machine that is known."""
-    policy = resolve("static_phase", tuned(tokens).tiling)
+    policy = resolve(policy, tuned(tokens).tiling)
     routing = fm.Routing.uniform(MODEL, tokens, 1, seed=0)
     clock = replace(machine, launch_ps=0, pe_spread=0.0)
     trace = fm.simulate(MODEL, machine=clock, routing=routing, policy=policy, workers=workers)
@@ -53,7 +57,8 @@ def launched(tokens, machine, workers=1):
 @pytest.fixture(scope="module")
 def found():
     truth = replace(BARE, **TRUTH)
-    return single_task_parameters([launched(tokens, truth) for tokens in (1, 4, 16, 64)], BARE)
+    layers = [launched(tokens, truth) for tokens in (1, 4, 16, 64)]
+    return single_task_parameters([*layers, *(launched(tokens, truth, policy="expert_lpt") for tokens in (1, 4))], BARE)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,8 @@ def found():
         ("prologue_ps", 0.01),
         ("feed_bytes_per_ns", 0.05),
         ("plan_ps", 0.05),
+        ("sort_ps", 0.01),
+        ("sort_expert_ps", 0.01),
         ("gap_ps", 0.2),
         ("plan_token_ps", 0.3),
         ("up_overhead_ps", 0.4),  # what the feed is off by is in it

@@ -26,7 +26,7 @@ RATES = st.sampled_from([1.0, 2.0, 4.0, 10.0, 3.7, 1e30])
 OTHER_TIMES = [
     *("launch_ps", "launch_domain_ps", "launch_step_ps", "prologue_ps", "ticket_ps", "ticket_far_ps"),
     *("ticket_service_ps", "ticket_far_service_ps", "signal_near_ps", "release_ps", "plan_ps", "put_ps"),
-    *("link_message_ps", "gap_ps", "slice_ps", "stall_ps"),
+    *("link_message_ps", "gap_ps", "slice_ps", "stall_ps", "sort_ps", "sort_expert_ps"),
 ]
 
 

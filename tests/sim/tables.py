@@ -26,6 +26,10 @@ class HandPolicy:
 
     queue: str = "static"
     look_ahead: int = 0
+    sorts: bool = False
+
+    def sorts_experts(self, num_pes: int) -> bool:
+        return self.sorts
 
     def picks(self, table: HandTable) -> list[list[int]]:
         """By task id: the heads of the chains."""

@@ -23,7 +23,7 @@ NEUTRAL = {
     "release_load": {"release_load_factor": 1},
     "finish_beside": {"finish_beside": False},
     "words": {"word_tokens": 0},
-    "plan": {"plan_ps": 0, "plan_token_ps": 0},
+    "plan": {"plan_ps": 0, "plan_token_ps": 0, "sort_ps": 0, "sort_expert_ps": 0},
     "link_latency": {"put_ps": 0},
     "link_bandwidth": {"link_bytes_per_ns": UNLIMITED, "port_bytes_per_ns": 0, "link_message_ps": 0},
     "remote_stores": {"store_bytes_per_ns": UNLIMITED},
@@ -63,6 +63,8 @@ def everything():
         "in_order": True,
         "plan_ps": 2_000,
         "plan_token_ps": 20,
+        "sort_ps": 300,
+        "sort_expert_ps": 10,
     }
     machine = Machine.preset("mi300x")
     return Machine(**(machine.to_dict() | more), origins=machine.origins)

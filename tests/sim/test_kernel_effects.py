@@ -135,6 +135,18 @@ def test_every_worker_makes_its_lists_the_one_that_routed_too(run):
         assert records["ready_ps"].tolist() == [0, 5_800, 5_800]  # 4 + 0.5 + 1 + 3 * 0.1 ns
 
 
+def test_experts_are_sorted_where_the_order_says_so(run):
+    table = HandTable(num_pes=2)
+    for pe, experts in enumerate([(7, 7, 3), ()]):
+        table.task("route", pe=pe, flops=4, signals=(table.plan(pe),))
+        for expert in experts:
+            table.task("up", pe=pe, flops=1, expert=expert, waits=(table.plan(pe),))
+        table.task("combine", pe=pe, flops=1, waits=(table.plan(pe),))
+    machine = plain_machine(plan_ps=1_000, sort_ps=200, sort_expert_ps=10)
+    for sorts, ready_ps in ((True, [0, *[5_220] * 4, 0, 5_200]), (False, [0, *[5_000] * 4, 0, 5_000])):
+        assert run(table, machine, workers=4, sorts=sorts)["ready_ps"].tolist() == ready_ps
+
+
 def test_with_few_tokens_every_worker_routes_for_itself(run):
     machine = plain_machine(signal_ps=500, plan_ps=1_000, word_tokens=3)
     assert run(planned(tokens=3), machine, workers=3)["ready_ps"].tolist() == [0, 5_000, 5_000]

@@ -118,7 +118,8 @@ class Finisher {
   }
 
   __device__ __forceinline__ void up_words(const Work& work) {
-    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + work.first;
+    group_.wait(group_.planned(), 0);  // the lists: the item may have come before them
+    const u16* pairs = group_.in_shared<u16>(group_.at.entries) + graph_.plan.entry_offset[work.expert];
     const float* weights = group_.in_shared<float>(group_.at.weights);
     next_partial();
     const float4 sum = sum_of_tile();
@@ -130,7 +131,7 @@ class Finisher {
     if (has1) h1 *= weights[pair1];
     const float below0 = __shfl_down_sync(~0u, h0, 4), below1 = __shfl_down_sync(~0u, h1, 4);
     u64* hidden = group_.in_workspace<u64>(group_.params.layout.hidden);
-    const u64 tag = u64{group_.epoch} << 32;
+    const u64 tag = u64{group_.epoch()} << 32;
     // relaxed: the word is the data, and the epoch in it says that it is there
     const bool is_mine = lane_ / 4 % 2 == 0;
     if (is_mine && has0)

@@ -32,6 +32,11 @@ struct alignas(16) Work {
   }
 };
 
+//! The plan's sequence of experts is that of their ids.
+__device__ __forceinline__ bool is_by_id(Order order) {
+  return order != Order::arrival && order != Order::lpt;
+}
+
 //! The later of two times of a launch, low halves of a clock.
 __device__ __forceinline__ u32 later(u32 a_ns, u32 b_ns) {
   return static_cast<std::int32_t>(a_ns - b_ns) > 0 ? a_ns : b_ns;
@@ -86,19 +91,38 @@ struct Group {
   char* shared;
   const SharedLayout& at;
   u32 worker;
-  u32 epoch;
+  u32 ended;     // the epoch of the launch before
   u64 begin_ns;  // with the trace on: when the thread began
 
+  //! All its warps ask for it at once: in one line with the others', so would all work-groups.
+  __device__ __forceinline__ u32* last_epoch() const {
+    return in_workspace<u32>(params.layout.epoch + u64{worker} * line_bytes);
+  }
   //! From here on the thread may read and write what launches before have to do with.
   template <bool traced>
   __device__ __forceinline__ void begin() {
     sm90::wait_for_launch_before();
     // relaxed: the launch before has ended. On its way while the first task begins: only what tells others
     // needs it.
-    epoch = load_relaxed<Scope::device>(in_workspace<u32>(params.layout.epoch) + worker) + 1;
+    ended = load_relaxed<Scope::device>(last_epoch());
     if constexpr (traced) begin_ns = clock_ns();
   }
-  __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch % 2]; }
+  //! Into L2, before the launch before has ended: what it wrote is there anyway, and the rest may have had to
+  //! leave for the weights of other layers. By one warp.
+  __device__ __forceinline__ void ask_for_inputs() const {
+    const u32 lane = threadIdx.x % 32, first = worker * 32 + lane, step = params.num_workers * 32;
+    if (lane == 0) sm90::prefetch(last_epoch());
+    for (u32 line = first; line < params.num_tokens * d_model * 2 / 128; line += step)
+      sm90::prefetch(static_cast<const char*>(params.x) + u64{line} * 128);
+    if (params.given_idx == nullptr) return;
+    for (u32 pair = first * 32; pair < params.num_tokens * top_k; pair += step * 32) {
+      sm90::prefetch(params.given_idx + pair);
+      sm90::prefetch(params.given_weights + pair);
+    }
+  }
+  //! Added where it is asked for: right after the load, the thread would wait for it there.
+  __device__ __forceinline__ u32 epoch() const { return sm90::known_now(ended) + 1; }
+  __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch() % 2]; }
   template <class T>
   __device__ __forceinline__ T* in_shared(u32 offset) const {
     return reinterpret_cast<T*>(shared + offset);
@@ -133,7 +157,9 @@ struct Group {
   __device__ __forceinline__ u32 partial_free(u32 buffer) const {
     return barrier(2 * most_ring_slots + 4 * num_items + 2 + buffer);
   }
-  __device__ __forceinline__ u32 planned() const { return barrier(2 * most_ring_slots + 4 * num_items + 4); }
+  //! The masks are there; the plan is.
+  __device__ __forceinline__ u32 gathered() const { return barrier(2 * most_ring_slots + 4 * num_items + 4); }
+  __device__ __forceinline__ u32 planned() const { return barrier(2 * most_ring_slots + 4 * num_items + 5); }
   template <Mode mode>
   __device__ void init_barriers() const {
     using R = Roles<mode>;
@@ -151,22 +177,43 @@ struct Group {
       sm90::barrier_init(partial_full(i), math_warps);
       sm90::barrier_init(partial_free(i), R::finish_warps);
     }
+    sm90::barrier_init(gathered(), math_warps);
     sm90::barrier_init(planned(), adding_warps);
     sm90::barriers_initialised();
   }
   __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(items_at)[slot]; }
-  //! What the plan says of an early item. By whole warps.
+  //! Words: bit t of an expert's is set if token t has it.
+  __device__ __forceinline__ const u32* masks() const { return in_shared<u32>(at.mask); }
+  //! An early item's expert, and how many tokens it has. By whole warps. Most orders are that of the ids:
+  //! then the masks tell, before the plan is there.
   template <Mode mode>
   __device__ __forceinline__ void complete(Work& work, const Plan& plan) const {
     if (mode != Mode::words || work.kind != early_item) return;
-    wait(planned(), 0);
+    const bool by_id = is_by_id(params.order);
+    wait(by_id ? gathered() : planned(), 0);
     const u32 place = work.first;
     work.kind = plan_item;  // nothing to do
-    if (warp_stopped() || place >= plan.num_active()) return;
+    if (warp_stopped()) return;
+    work.expert = by_id                       ? active_expert(masks(), place)
+                  : place < plan.num_active() ? plan.sequence[place]
+                                              : none;
+    if (work.expert == none) return;
     work.kind = static_cast<u32>(TaskKind::up);
-    work.expert = plan.sequence[place];
-    work.first = plan.entry_offset[work.expert];
-    work.count = plan.expert_tokens(work.expert);
+    work.count = __popc(masks()[work.expert]);
+  }
+  //! The expert that comes after so many others with tokens, or none. By whole warps.
+  __device__ __forceinline__ static u32 active_expert(const u32* of_expert, u32 left) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (u32 base = 0; base < num_experts; base += 32) {
+      const u32 active = __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
+      if (left < __popc(active)) {
+        const bool is_it = (active >> lane & 1) != 0 && __popc(active & ((1u << lane) - 1)) == left;
+        return base + __ffs(static_cast<int>(__ballot_sync(~0u, is_it))) - 1;
+      }
+      left -= __popc(active);
+    }
+    return none;
   }
   //! In whole words: a compiler may copy bytes.
   __device__ __forceinline__ void put(const Item& item, u32 slot) const {
@@ -218,7 +265,8 @@ struct Group {
   __device__ __forceinline__ bool warp_stopped() const { return __any_sync(~0u, stopped()); }
   __device__ __forceinline__ void give_up(u32 task_id, EventKind event, u32 index, u64 seen, u64 wanted,
                                           u64 waited_ns, FaultKind kind = FaultKind::deadline) const {
-    report(params.fault, worker, epoch, task_id, Missing{event, index, none, seen, wanted}, waited_ns, kind);
+    report(params.fault, worker, epoch(), task_id, Missing{event, index, none, seen, wanted}, waited_ns,
+           kind);
     *stop_flag() = gave_up;
   }
   //! One turn of a wait for another work-group; false when the wait is over without success.

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
   } else if (warp < R::pick) {
     group.begin<traced>();
     if (group.worker + 1 == params.num_workers) {  // the idle half of the counters, for the next launch
-      const Counters& idle = params.layout.counters[(group.epoch + 1) % 2];
+      const Counters& idle = params.layout.counters[(group.epoch() + 1) % 2];
       const u32 first = threadIdx.x - math_threads;
       for (u64 offset = idle.begin + first * 16; offset < idle.end; offset += R::finish_threads * 16)
         *group.in_workspace<uint4>(offset) = make_uint4(0, 0, 0, 0);
@@ -56,14 +56,15 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
       for (u32 i = group.worker * 32 + threadIdx.x % 32; i < lines; i += params.num_workers * 32)
         sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
     }
-    if constexpr (mode != Mode::words) {
+    if constexpr (mode == Mode::words) {
+      group.ask_for_inputs();
+    } else {
       sm90::prefetch(params.up_tiles);
       sm90::prefetch(params.down_tiles);
     }
-    group.begin<traced>();
     Streamer<mode>(group, graph).run();
   } else if (warp < R::signal) {
-    group.begin<traced>();
+    group.begin<false>();
     Loader<mode, traced>(group, graph).run();
   } else if (threadIdx.x % 32 == 0) {
     group.begin<traced>();
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (group.stopped()) return group.tell_stuck();
-  store_relaxed<Scope::device>(group.in_workspace<u32>(params.layout.epoch) + group.worker, group.epoch);
+  store_relaxed<Scope::device>(group.last_epoch(), group.epoch());
 }
 
 }  // namespace flashmoe::pipeline

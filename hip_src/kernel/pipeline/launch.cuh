@@ -81,7 +81,7 @@ constexpr u32 sizeof_item = 48;
 constexpr u32 num_items = 8;  // tasks between the picking thread and the others
 constexpr u32 num_ready =
     8;  // tasks of a chain that the loading warps may be ahead of the math warps, and more
-constexpr u32 num_barriers = 2 * most_ring_slots + 4 * num_items + 5;
+constexpr u32 num_barriers = 2 * most_ring_slots + 4 * num_items + 6;
 // What is asked for all the time lies first in shared memory, at addresses that the compiler knows.
 constexpr u32 items_at = 0, barriers_at = num_items * sizeof_item, ready_at = barriers_at + num_barriers * 8,
               stop_at = ready_at + num_ready * 4;
@@ -127,7 +127,7 @@ struct Counters {
 
 struct Layout {
   Counters counters[2];  // by parity of the epoch; the idle half is zeroed while the other is in use
-  u64 epoch;             // [num_workers] last epoch that each worker has ended
+  u64 epoch;             // [num_workers] last epoch that each worker has ended, a line each
   u64 logits;            // tagged words [replica][token][expert]
   u64 routing;           // tagged words [token][k]
   u64 topk_idx, topk_weights;
@@ -146,7 +146,7 @@ struct Layout {
       c.end = carver.size();
     }
     const u64 pairs = u64{max_tokens} * s.top_k;
-    w.epoch = carver.take(u64{num_workers} * 4);
+    w.epoch = carver.take(u64{num_workers} * line_bytes);
     w.logits = carver.take(u64{logit_replicas} * max_tokens * s.num_experts * 8);
     w.routing = carver.take(pairs * 8);
     w.topk_idx = carver.take(pairs * 4);
@@ -162,7 +162,7 @@ struct Layout {
 struct SharedLayout {
   u32 ring, slot_bytes, partial, sums, weights, entries, plan;
   u32 columns;  // words: [active experts] bit t: token t has the expert
-  // while the plan is made: for words before the ring, else in it, which is empty then
+  // while the plan is made, in the ring, which is empty then; for words before it, and they stay
   u32 topk, mask, before, key;
   u32 bytes;
 

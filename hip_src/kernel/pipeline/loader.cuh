@@ -31,7 +31,8 @@ class Loader {
   __device__ __forceinline__ void load(const Work& work, Item& item) {
     const u32 block_tokens = graph_.tiling.block_tokens;
     if (work.is(TaskKind::up)) {
-      load_rows<d_model>(work, item, work.first, work.count, none);
+      load_rows<d_model>(work, item, work.first, work.count, none,
+                         mode == Mode::words ? group_.masks()[work.expert] : 0);
     } else if (work.is(TaskKind::down)) {
       if constexpr (mode == Mode::words) {
         for (u32 i = 0; i < work.count; ++i) load_words(graph_.plan.active[work.first + i], item);
@@ -48,7 +49,8 @@ class Loader {
   //! Rows of x (block none) or hidden rows, for each slot that their weights fill. Some lanes share a row:
   //! all, where there is one, and four where there are five or more.
   template <u32 k>
-  __device__ __forceinline__ void load_rows(const Work& work, Item& item, u32 first, u32 count, u32 block) {
+  __device__ __forceinline__ void load_rows(const Work& work, Item& item, u32 first, u32 count, u32 block,
+                                            u32 mask = 0) {
     const Split split = work.template split<mode>(graph_.tiling);
     const u32 pitch = split.pitch_bytes();
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
@@ -59,8 +61,13 @@ class Loader {
     u32 offset[R::most_rows / 8];  // bytes to a lane's rows: at most 2^14 of 2^14
 #pragma unroll
     for (u32 i = 0; i < R::most_rows / 8; ++i) {
-      const u32 mine = row + i * at_once, entry = mine < count ? entries[mine] : 0;
-      offset[i] = (block == none ? entry / top_k : entry) * (k * 2);
+      const u32 mine = row + i * at_once;
+      u32 from = 0;
+      if constexpr (mode == Mode::words)  // the lists may not be there yet
+        from = nth_bit(mask, mine);
+      else if (mine < count)
+        from = block == none ? entries[mine] / top_k : entries[mine];
+      offset[i] = from * (k * 2);
     }
 #pragma unroll 1
     for (u32 k0 = 0; k0 < k; k0 += split.slot_k()) {
@@ -86,6 +93,14 @@ class Loader {
     }
   }
 
+  //! Of the bits that are set, of at most 8; or 0.
+  __device__ __forceinline__ static u32 nth_bit(u32 mask, u32 n) {
+#pragma unroll
+    for (u32 i = 0; i < max_words_tokens - 1; ++i)
+      if (i < n) mask &= mask - 1;
+    return mask == 0 ? 0 : __ffs(static_cast<int>(mask)) - 1;
+  }
+
   //! Hidden rows as words: each is looked at until it is of this epoch; its elements go to their token's
   //! column. A lane has every 32nd pair of words of a row, and asks for all it has at once.
   __device__ __forceinline__ void load_words(u32 expert, const Item& item) {
@@ -94,6 +109,7 @@ class Loader {
     const u32 first = graph_.plan.entry_offset[expert], count = graph_.plan.entry_offset[expert + 1] - first;
     const u16* entries = group_.template in_shared<u16>(group_.at.entries) + first;
     const u64* hidden = group_.template in_workspace<u64>(group_.params.layout.hidden) + lane_ * 2;
+    const u32 epoch = group_.epoch();
     for (u32 k0 = 0; k0 < d_ff; k0 += split.slot_k()) {
       if (is_mine()) {
         for (u32 i = 0; i < count; ++i) {
@@ -110,11 +126,10 @@ class Loader {
             u32 other = 0;  // bits that are not this epoch's
 #pragma unroll
             for (u32 b = 0; b < batch; ++b)
-              if (has_pair(k0, b))
-                other |= (epoch_of(words[b][0]) ^ group_.epoch) | (epoch_of(words[b][1]) ^ group_.epoch);
+              if (has_pair(k0, b)) other |= (epoch_of(words[b][0]) ^ epoch) | (epoch_of(words[b][1]) ^ epoch);
             if (__all_sync(~0u, other == 0)) break;
             const bool go_on = group_.keep_waiting(turns, since_ns, item.id, EventKind::upped,
-                                                   graph_.plan.block_offset[expert], 0, group_.epoch);
+                                                   graph_.plan.block_offset[expert], 0, group_.epoch());
             if (!__all_sync(~0u, go_on)) return;
           }
           if (i == 0) {

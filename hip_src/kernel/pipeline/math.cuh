@@ -21,13 +21,19 @@ class Mathematician {
 
   __device__ __forceinline__ void run() {
     planner_.clear();
-    group_.template begin<traced>();
-    // by the thread that says when tasks begin
-    if (traced && threadIdx.x == 0) group_.params.summaries[group_.worker].begin_ns = group_.begin_ns;
+    begin();
     if (make_plan()) do_tasks();
   }
 
  private:
+  __device__ __forceinline__ void begin() {
+    group_.template begin<false>();
+    planner_.ask_for_given();
+    if constexpr (traced) group_.begin_ns = clock_ns();  // takes a while; the routing is on its way
+    // by the thread that says when tasks begin
+    if (traced && threadIdx.x == 0) group_.params.summaries[group_.worker].begin_ns = group_.begin_ns;
+  }
+
   //! What comes before the plan, and the plan. False: there is nothing more to do.
   __device__ __forceinline__ bool make_plan() {
     const bool is_given = begin_given();
@@ -39,7 +45,7 @@ class Mathematician {
       if (num_tasks_ > 0 || !is_given) {
         stamp_turn(item);
         if (work.is(TaskKind::gate)) {
-          planner_.gate<mode>(
+          planner_.gate(
               Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none});
         } else {
           route(work, item);
@@ -48,7 +54,7 @@ class Mathematician {
       note(item);
       done_with_item();
     }
-    planner_.build<mode>(graph_.plan, group_.params.order);
+    planner_.build(graph_.plan, group_.params.order);
     __syncwarp();
     if (warp_ < adding_warps) sm90::arrive_if(group_.planned(), lane_ == 0);
     group_.wait(group_.planned(), 0);
@@ -66,8 +72,7 @@ class Mathematician {
     if (!graph_.gate_inside || !is_given || group_.worker >= graph_.num_gate()) return false;
     const u32 tiles = graph_.tiling.gate_tiles(graph_.shape);
     const u32 block = group_.worker / tiles, tile = group_.worker % tiles;
-    planner_.gate<mode>(
-        graph_.token_block(group_.worker, TaskKind::gate, block, graph_.tiling.gate_tokens, tile));
+    planner_.gate(graph_.token_block(group_.worker, TaskKind::gate, block, graph_.tiling.gate_tokens, tile));
     return true;
   }
 
@@ -144,7 +149,7 @@ class Mathematician {
         if constexpr (mode != Mode::words) {
           // relaxed: the word is the data
           store_relaxed<Scope::device>(group_.in_workspace<u64>(params.layout.routing) + pair,
-                                       routing_word(group_.epoch, expert, weight));
+                                       routing_word(group_.epoch(), expert, weight));
         }
       }
     }
@@ -423,7 +428,7 @@ class Mathematician {
 
   Group& group_;
   TaskGraph& graph_;
-  Planner planner_;
+  Planner<mode> planner_;
   u32 warp_, lane_;
   Item noted_{};
   u32 noted_end_ns_ = 0;

@@ -17,10 +17,13 @@ __device__ __forceinline__ bool is_of(u32 epoch, u64 routing_word) {
   return static_cast<u32>(routing_word >> 42) == (epoch & 0x3fffffu);
 }
 
+template <Mode mode>
 struct Planner {
   const Group& group;
   const Tiling& tiling;
   u32 thread, warp, lane;
+  std::int32_t given_expert = -1;  // words, routing given: this thread's pair
+  float given_weight = 0;
 
   __device__ __forceinline__ Planner(const Group& of, const Tiling& cut) : group(of), tiling(cut) {
     thread = threadIdx.x;
@@ -28,10 +31,11 @@ struct Planner {
     lane = thread % 32;
   }
   __device__ __forceinline__ u32 num_tokens() const { return group.params.num_tokens; }
-  __device__ __forceinline__ u32 mask_words() const { return SharedLayout::mask_words(num_tokens()); }
+  __device__ __forceinline__ u32 mask_words() const {
+    return mode == Mode::words ? 1 : SharedLayout::mask_words(num_tokens());
+  }
   __device__ __forceinline__ static void meet() { sm90::named_barrier<math_barrier, math_threads>(); }
   //! As meet(), after stores to where the ring will be: the copy engine writes there next.
-  template <Mode mode>
   __device__ __forceinline__ static void hand_over() {
     if constexpr (mode != Mode::words) sm90::fence_before_copies();
     meet();
@@ -43,8 +47,17 @@ struct Planner {
     for (u32 i = thread; i < num_experts * mask_words(); i += math_threads) mask[i] = 0;
   }
 
+  //! Once the thread has begun: the trip to memory is under way while the picking thread hands on the first
+  //! item.
+  __device__ __forceinline__ void ask_for_given() {
+    static_assert(max_words_tokens * top_k <= math_threads);
+    const Params& params = group.params;
+    if (mode != Mode::words || params.given_idx == nullptr || thread >= num_tokens() * top_k) return;
+    given_expert = params.given_idx[thread];
+    given_weight = params.given_weights[thread];
+  }
+
   //! Router logits of a block of tokens for a tile of experts, published as words that carry the epoch.
-  template <Mode mode>
   __device__ __forceinline__ void gate(const Task& task) const {
     const u32 begin = task.tile * tiling.gate_experts;
     const u32 end = begin + tiling.gate_experts < num_experts ? begin + tiling.gate_experts : num_experts;
@@ -65,7 +78,7 @@ struct Planner {
     u64* words = group.in_workspace<u64>(group.params.layout.logits);
     // relaxed: the word is the data, and the epoch in it says that it is there
     store_relaxed<Scope::device>(words + (u64{replica} * num_tokens() + token) * num_experts + expert,
-                                 u64{group.epoch} << 32 | __float_as_uint(rounded));
+                                 u64{group.epoch()} << 32 | __float_as_uint(rounded));
   }
 
   //! One expert x up to 8 tokens, a thread 8 of K at a time; for whoever wants them, in as many replicas.
@@ -161,6 +174,7 @@ struct Planner {
   __device__ void load_logits(u32 token, u32 replica, u32 task_id, float (&logit)[lane_experts]) const {
     const u64* words = group.in_workspace<u64>(group.params.layout.logits) +
                        (u64{replica} * num_tokens() + token) * num_experts;
+    const u32 epoch = group.epoch();
     u32 turns = 0;
     u64 since_ns = 0;
     for (;;) {
@@ -170,12 +184,12 @@ struct Planner {
         const u32 e = i * 32 + lane;
         if (e >= num_experts) continue;
         const u64 word = load_relaxed<Scope::device>(words + e);
-        all = all && epoch_of(word) == group.epoch;
+        all = all && epoch_of(word) == epoch;
         logit[i] = __uint_as_float(static_cast<u32>(word));
       }
       if (__all_sync(~0u, all)) return;
       const bool go_on =
-          group.keep_waiting(turns, since_ns, task_id, EventKind::gated, token, 0, group.epoch);
+          group.keep_waiting(turns, since_ns, task_id, EventKind::gated, token, 0, group.epoch());
       if (!__all_sync(~0u, go_on)) return;
     }
   }
@@ -247,7 +261,6 @@ struct Planner {
     }
   }
 
-  template <Mode mode>
   __device__ __forceinline__ void set_pair(u32 pair, u32 expert, float weight) const {
     group.in_shared<u16>(group.at.topk)[pair] = static_cast<u16>(expert);
     if (mode != Mode::tiles) group.in_shared<float>(group.at.weights)[pair] = weight;
@@ -257,15 +270,60 @@ struct Planner {
     }
   }
 
+  //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
+  //! Complete when the warps that add up are done.
+  __device__ void build(Plan& plan, Order order) const {
+    const u32* mask = group.in_shared<u32>(group.at.mask);
+    u32* count = group.in_shared<u32>(group.at.key);
+    u16* before = group.in_shared<u16>(group.at.before);  // tokens of an expert before each word of its mask
+    const u32 words = mask_words();
+    const bool is_sorted = !is_by_id(order);
+    meet();  // the masks are clear
+    gather_routing();
+    if constexpr (mode == Mode::words) {
+      __syncwarp();
+      sm90::arrive_if(group.gathered(), lane == 0);
+    }
+    if (words > 1) {
+      meet();
+      for (u32 expert = thread; expert < num_experts; expert += math_threads) {
+        u32 sum = 0;
+        for (u32 w = 0; w < words; ++w) {
+          before[expert * words + w] = static_cast<u16>(sum);
+          sum += __popc(mask[expert * words + w]);
+        }
+        count[expert] = sum;
+      }
+    }
+    hand_over();
+    if (warp < adding_warps) {
+      add_up(plan, words > 1 ? count : mask, words > 1);
+    } else if (warp == math_warps - 1 && !is_sorted) {
+      prefetch_weights(words > 1 ? count : mask);
+    }
+    if (mode == Mode::words && !is_sorted) {  // so few pairs that who has added up makes the lists as well
+      if (warp >= adding_warps) return;
+      sm90::named_barrier<plan_barrier, 32 * adding_warps>();
+      return make_lists(plan, mask, before, 32 * adding_warps);
+    }
+    meet();
+    make_lists(plan, mask, before, math_threads);
+    meet();
+    if (is_sorted) sort_sequence(plan, order);
+  }
+
+ private:
   //! Experts and weights of all tokens, into shared memory. A dropped slot is `not_routed`.
-  template <Mode mode>
   __device__ void gather_routing() const {
     const u32 pairs = num_tokens() * top_k;
     const Params& params = group.params;
-    if (params.given_idx != nullptr) {
+    if (mode == Mode::words && params.given_idx != nullptr) {
+      if (thread < pairs)
+        set_pair(thread, given_expert < 0 ? not_routed : static_cast<u32>(given_expert), given_weight);
+    } else if (params.given_idx != nullptr) {
       for (u32 i = thread; i < pairs; i += math_threads) {
         const std::int32_t expert = params.given_idx[i];
-        set_pair<mode>(i, expert < 0 ? not_routed : static_cast<u32>(expert), params.given_weights[i]);
+        set_pair(i, expert < 0 ? not_routed : static_cast<u32>(expert), params.given_weights[i]);
       }
     } else if constexpr (mode == Mode::words) {
       // each work-group does the top-k of all tokens: one trip instead of two
@@ -274,7 +332,7 @@ struct Planner {
         float weight, logits[lane_experts];
         load_logits(warp, group.worker % logit_replicas, none, logits);
         choose(logits, expert, weight);
-        if (lane < top_k) set_pair<mode>(warp * top_k + lane, expert, weight);
+        if (lane < top_k) set_pair(warp * top_k + lane, expert, weight);
       }
     } else {
       constexpr u32 batch = 8;  // loads in flight: each takes most of a microsecond
@@ -291,64 +349,22 @@ struct Planner {
             const u32 i = base + j * math_threads;
             if (i >= pairs) continue;
             word[j] = load_relaxed<Scope::device>(words + i);
-            all = all && is_of(group.epoch, word[j]);
+            all = all && is_of(group.epoch(), word[j]);
           }
-        } while (!all &&
-                 group.keep_waiting(turns, since_ns, none, EventKind::routed, base / top_k, 0, group.epoch));
+        } while (!all && group.keep_waiting(turns, since_ns, none, EventKind::routed, base / top_k, 0,
+                                            group.epoch()));
 #pragma unroll
         for (u32 j = 0; j < batch; ++j) {
           const u32 i = base + j * math_threads;
           if (i < pairs && all)
-            set_pair<mode>(i, static_cast<u32>(word[j] >> 32) & 0x3ffu,
-                           __uint_as_float(static_cast<u32>(word[j])));
+            set_pair(i, static_cast<u32>(word[j] >> 32) & 0x3ffu, __uint_as_float(static_cast<u32>(word[j])));
         }
       }
     }
   }
 
-  //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
-  //! Complete when the warps that add up are done.
-  template <Mode mode>
-  __device__ void build(Plan& plan, Order order) const {
-    const u32* mask = group.in_shared<u32>(group.at.mask);
-    u32* count = group.in_shared<u32>(group.at.key);
-    u16* before = group.in_shared<u16>(group.at.before);  // tokens of an expert before each word of its mask
-    const u32 words = mask_words();
-    const bool is_sorted = order == Order::arrival || order == Order::lpt;
-    meet();  // the masks are clear
-    gather_routing<mode>();
-    if (words > 1) {
-      meet();
-      for (u32 expert = thread; expert < num_experts; expert += math_threads) {
-        u32 sum = 0;
-        for (u32 w = 0; w < words; ++w) {
-          before[expert * words + w] = static_cast<u16>(sum);
-          sum += __popc(mask[expert * words + w]);
-        }
-        count[expert] = sum;
-      }
-    }
-    hand_over<mode>();
-    if (warp < adding_warps) {
-      add_up<mode>(plan, words > 1 ? count : mask, words > 1);
-    } else if (warp == math_warps - 1 && !is_sorted) {
-      prefetch_weights<mode>(words > 1 ? count : mask);
-    }
-    if (mode == Mode::words && !is_sorted) {  // so few pairs that who has added up makes the lists as well
-      if (warp >= adding_warps) return;
-      sm90::named_barrier<plan_barrier, 32 * adding_warps>();
-      return make_lists(plan, mask, before, 32 * adding_warps);
-    }
-    meet();
-    make_lists(plan, mask, before, math_threads);
-    meet();
-    if (is_sorted) sort_sequence<mode>(plan, order);
-  }
-
- private:
   //! Asks for the weights of the first up tasks, whoever will have them, while the plan is still being made:
   //! the memory has a start on the work-groups, which are faster.
-  template <Mode mode>
   __device__ __forceinline__ void prefetch_weights(const u32* of_expert) const {
     const u32 tiles = ceil_div(d_ff, tiling.up_rows), row_tiles = tiling.up_rows / 8;
     // where the layer is short, more would only delay what is needed first
@@ -357,25 +373,14 @@ struct Planner {
     for (u32 task = group.worker; left > 0; task += group.params.num_workers) {
       const u32 bytes = left < up_tile_bytes ? left : up_tile_bytes;
       left -= bytes;
-      const u32 row_tile = task % tiles * row_tiles + lane, expert = active_expert(of_expert, task / tiles);
+      const u32 row_tile = task % tiles * row_tiles + lane,
+                expert = Group::active_expert(of_expert, task / tiles);
       if (expert == none) return;
       if (lane >= row_tiles || row_tile >= d_ff / 8) continue;
       sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
                               (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
                           bytes);
     }
-  }
-  //! The expert that comes after so many others with tokens, or none.
-  __device__ __forceinline__ u32 active_expert(const u32* of_expert, u32 left) const {
-    for (u32 base = 0; base < num_experts; base += 32) {
-      const u32 active = __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
-      if (left < __popc(active)) {
-        const bool is_it = (active >> lane & 1) != 0 && __popc(active & ((1u << lane) - 1)) == left;
-        return base + __ffs(static_cast<int>(__ballot_sync(~0u, is_it))) - 1;
-      }
-      left -= __popc(active);
-    }
-    return none;
   }
 
   //! To each value those that the lanes before have.
@@ -393,39 +398,47 @@ struct Planner {
 
   //! Prefix sums over the experts: a warp has 32 of them, and adds up those before. With one PE all tokens
   //! are its own: most orders are that of the ids. `count`: tokens, or a bit for each.
-  template <Mode mode>
   __device__ __forceinline__ void add_up(Plan& plan, const u32* count, bool is_counted) const {
+    constexpr u32 sums = mode == Mode::words ? 1 : 2;  // words: every active expert has one block
     for (u32 own = warp; own < lane_experts; own += adding_warps) {
-      u32 before[2] = {}, mine[2] = {}, columns = 0;  // pairs; blocks, and active experts in the upper half
+      u32 before[sums] = {}, mine[sums] = {}, columns = 0;  // pairs, active experts above them; blocks
 #pragma unroll
       for (u32 i = 0; i < lane_experts; ++i) {
         const u32 found = i * 32 + lane < num_experts ? count[i * 32 + lane] : 0;
         const u32 tokens = is_counted ? found : __popc(found);
-        const u32 blocks = ceil_div(tokens, tiling.block_tokens) | (tokens > 0 ? 1u << 16 : 0u);
-        if (i < own) before[0] += tokens, before[1] += blocks;
-        if (i == own) mine[0] = tokens, mine[1] = blocks, columns = found;
+        const u32 value[2] = {tokens | (tokens > 0 ? 1u << 16 : 0u), ceil_div(tokens, tiling.block_tokens)};
+#pragma unroll
+        for (u32 s = 0; s < sums; ++s) {
+          if (i < own) before[s] += value[s];
+          if (i == own) mine[s] = value[s];
+        }
+        if (i == own) columns = found;
       }
 #pragma unroll
-      for (u32 s = 0; s < 2; ++s) before[s] = __reduce_add_sync(~0u, before[s]);
-      u32 up_to[2] = {mine[0], mine[1]};
+      for (u32 s = 0; s < sums; ++s) before[s] = __reduce_add_sync(~0u, before[s]);
+      u32 up_to[sums];
+#pragma unroll
+      for (u32 s = 0; s < sums; ++s) up_to[s] = mine[s];
       add_lanes_before(up_to);
       const u32 expert = own * 32 + lane;
       if (expert >= num_experts) continue;
 #pragma unroll
-      for (u32 s = 0; s < 2; ++s) before[s] += up_to[s];
-      const u32 active = (before[1] - mine[1]) >> 16, blocks = (before[1] - mine[1]) & 0xffffu;
-      plan.entry_offset[expert] = before[0] - mine[0];
-      plan.block_offset[expert] = blocks;
+      for (u32 s = 0; s < sums; ++s) before[s] += up_to[s];  // with its own
+      const auto blocks_of = [&](const u32(&sum)[sums]) { return sums == 1 ? sum[0] >> 16 : sum[sums - 1]; };
+      const u32 tokens = mine[0] & 0xffffu, entry = (before[0] & 0xffffu) - tokens,
+                active = (before[0] - mine[0]) >> 16, block = blocks_of(before) - blocks_of(mine);
+      plan.entry_offset[expert] = entry;
+      plan.block_offset[expert] = block;
       plan.active_offset[expert] = active;
-      if (mine[0] > 0) {
+      if (tokens > 0) {
         plan.active[active] = plan.sequence[active] = expert;
-        plan.sequence_offset[active] = blocks;
+        plan.sequence_offset[active] = block;
         if (mode == Mode::words) group.in_shared<u32>(group.at.columns)[active] = columns;
       }
       if (expert == num_experts - 1) {
-        const u32 all_active = before[1] >> 16;
-        plan.entry_offset[num_experts] = before[0];
-        plan.block_offset[num_experts] = plan.sequence_offset[all_active] = before[1] & 0xffffu;
+        const u32 all_active = before[0] >> 16;
+        plan.entry_offset[num_experts] = before[0] & 0xffffu;
+        plan.block_offset[num_experts] = plan.sequence_offset[all_active] = blocks_of(before);
         plan.active_offset[num_experts] = all_active;
       }
     }
@@ -445,7 +458,6 @@ struct Planner {
     }
   }
 
-  template <Mode mode>
   __device__ void sort_sequence(Plan& plan, Order order) const {
     const u16* entries = group.in_shared<u16>(group.at.entries);
     const u32 active = plan.num_active();
@@ -455,7 +467,7 @@ struct Planner {
       const u32 first = entries[plan.entry_offset[expert]];
       key[i] = order == Order::lpt ? ~plan.expert_tokens(expert) : (first / top_k) << 10 | first % top_k;
     }
-    hand_over<mode>();
+    hand_over();
     for (u32 i = thread; i < active; i += math_threads) {
       u32 place = 0;
       for (u32 j = 0; j < active; ++j) place += key[j] < key[i] || (key[j] == key[i] && j < i) ? 1 : 0;

@@ -62,6 +62,7 @@ class Streamer {
     const u32 slot_chunks_of_tile = work.template split<mode>(tiling_).tile_chunks();
 #pragma unroll 1
     for (u32 chunk = 0; chunk < k / chunk_k; chunk += slot_chunks_of_tile) {
+      if (num_slots_ == 0) sm90::wait_for_launch_before();  // which may have made the weights
       group_.wait(group_.slot_free(slots_.slot), slots_.parity);
       if (group_.warp_stopped()) return;
       if (lane_ == 0) {
