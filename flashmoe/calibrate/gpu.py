@@ -112,9 +112,8 @@ def calibrate_gpu(
             tell("launches of single tasks")
         layers = measure_single_tasks(model)
         for layer in layers if folder is not None else ():
-            is_sorted = layer.policy.sorts_experts(1)
-            name = f"single-tasks-{layer.trace.header['num_tokens'][0]:03d}{'-sorted' if is_sorted else ''}.npz"
-            layer.save(kept / name)
+            suffix = "-sorted" if layer.policy.sorts_experts(1) else ""
+            layer.save(kept / f"single-tasks-{layer.trace.header['num_tokens'][0]:03d}{suffix}.npz")
         return gpu_machine(name, base, measured, layers)
 
 

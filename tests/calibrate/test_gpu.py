@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flashmoe.calibrate.gpu import ROUTINGS, gpu_machine, load_measured
+from flashmoe.calibrate.gpu import ROUTINGS, SORTED_TOKENS, gpu_machine, load_measured
 from flashmoe.cli import app
 from flashmoe.machine import Machine, parameter_units
 from flashmoe.sim.effects import without
@@ -25,7 +25,11 @@ def measured():
 
 def test_launches_of_one_worker_were_kept(measured):
     _, layers = measured
-    assert [layer.trace.header["num_tokens"][0] for layer in layers] == list(ROUTINGS)
+    plain, ranked = (
+        [layer.trace.header["num_tokens"][0] for layer in layers if layer.policy.sorts_experts(1) == sorts]
+        for sorts in (False, True)
+    )
+    assert (plain, ranked) == (list(ROUTINGS), list(SORTED_TOKENS))
     assert {layer.trace.num_workers for layer in layers} == {1}
 
 
