@@ -20,7 +20,10 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
   graph.shape = Shape{d_model, d_ff, num_experts, top_k, 1, norm_topk, DType::bf16};
   graph.tiling = params.cut.tiling();
   graph.tiling.down = mode == Mode::tiles ? Down::tile : Down::rows;  // as the compiler may know
-  if (mode == Mode::words) graph.tiling.up_rows = words_up_rows, graph.tiling.down_rows = words_down_rows;
+  if constexpr (mode == Mode::words) {
+    graph.tiling.up_rows = words_up_rows, graph.tiling.down_rows = words_down_rows;
+    graph.tiling.experts_per_pick = 0;  // all: so there is no combine
+  }
   graph.num_tokens = params.num_tokens;
   graph.gate_inside = params.given_idx == nullptr;
   Group group{params, shared, params.at, blockIdx.x, 0, 0};

@@ -13,8 +13,8 @@ using namespace built;  // the shape that this library was built for
 
 //! How rows and results travel, by what the tokens are few or many enough for.
 enum class Mode : u32 {
-  words,  // at most 8 tokens, down by rows, a row tile a task: hidden rows as words that carry their epoch,
-          // one sum over all experts
+  words,  // at most 8 tokens, down by rows, a row tile a task, all experts in a pick: hidden rows as words
+          // that carry their epoch, one sum over all experts
   rows,   // down by rows: an expert's rows added to sums in shared memory
   tiles,  // down by tile: results in memory, then combine
 };
@@ -22,7 +22,8 @@ constexpr u32 max_words_tokens = 8, words_up_rows = 8, words_down_rows = 16;
 
 FLASHMOE_FN Mode mode_of(const Tiling& t, u32 num_tokens) {
   if (t.down == Down::tile) return Mode::tiles;
-  const bool is_small = t.up_rows == words_up_rows && t.down_rows == words_down_rows;
+  const bool is_small = t.up_rows == words_up_rows && t.down_rows == words_down_rows &&
+                        (t.experts_per_pick == 0 || t.experts_per_pick >= num_experts);
   return is_small && num_tokens <= max_words_tokens ? Mode::words : Mode::rows;
 }
 

@@ -98,7 +98,7 @@ class Mathematician {
       put_partial(ceil_div(work.count, 8));
     } else if (work.is(TaskKind::down)) {
       down(work, item);
-    } else {
+    } else if constexpr (mode != Mode::words) {
       combine(work, item);
       record(item);
     }
@@ -428,7 +428,7 @@ class Mathematician {
 
   Group& group_;
   TaskGraph& graph_;
-  Planner<mode> planner_;
+  Planner<mode, groups <= 4 ? 1 : 2> planner_;  // more tokens in a block, more in a gate task
   u32 warp_, lane_;
   Item noted_{};
   u32 noted_end_ns_ = 0;

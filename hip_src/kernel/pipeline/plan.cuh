@@ -17,7 +17,8 @@ __device__ __forceinline__ bool is_of(u32 epoch, u64 routing_word) {
   return static_cast<u32>(routing_word >> 42) == (epoch & 0x3fffffu);
 }
 
-template <Mode mode>
+//! gate_groups: of 8 tokens, that a gate task multiplies at once: what it reads of the router it reads once.
+template <Mode mode, u32 gate_groups>
 struct Planner {
   const Group& group;
   const Tiling& tiling;
@@ -61,13 +62,14 @@ struct Planner {
   __device__ __forceinline__ void gate(const Task& task) const {
     const u32 begin = task.tile * tiling.gate_experts;
     const u32 end = begin + tiling.gate_experts < num_experts ? begin + tiling.gate_experts : num_experts;
-    for (u32 first = 0; first < task.num_tokens; first += 8) {
-      const u32 token = task.first + first, count = task.num_tokens - first < 8 ? task.num_tokens - first : 8;
-      if constexpr (mode == Mode::words) {
-        for (u32 expert = begin; expert < end; ++expert) gate_by_dots(token, count, expert);
-      } else {
+    if constexpr (mode == Mode::words) {
+      for (u32 expert = begin; expert < end; ++expert) gate_by_dots(task.first, task.num_tokens, expert);
+    } else {
+      constexpr u32 at_once = 8 * gate_groups;
+      for (u32 first = 0; first < task.num_tokens; first += at_once) {
+        const u32 rest = task.num_tokens - first, count = rest < at_once ? rest : at_once;
         for (u32 expert = begin; expert < end; expert += 16)
-          gate_by_mma(token, count, expert, end - expert < 16 ? end - expert : 16);
+          gate_by_mma(task.first + first, count, expert, end - expert < 16 ? end - expert : 16);
       }
     }
   }
@@ -132,7 +134,7 @@ struct Planner {
     return p.x * q.x + p.y * q.y;
   }
 
-  //! Up to 16 experts x up to 8 tokens, K shared out over the warps.
+  //! Up to 16 experts x up to 8 gate_groups tokens, K shared out over the warps.
   __device__ __forceinline__ void gate_by_mma(u32 first_token, u32 count, u32 first_expert,
                                               u32 experts) const {
     const u32 row = lane / 4, quarter = lane % 4;
@@ -142,27 +144,33 @@ struct Planner {
              quarter;
     };
     const uint4 *low_row = row_of(group.params.gate, first_expert, row, experts),
-                *high_row = row_of(group.params.gate, first_expert, row + 8, experts),
-                *x = row_of(group.params.x, first_token, row, count);
-    float d[2][4] = {};
+                *high_row = row_of(group.params.gate, first_expert, row + 8, experts), *x[gate_groups];
+#pragma unroll
+    for (u32 g = 0; g < gate_groups; ++g) x[g] = row_of(group.params.x, first_token, g * 8 + row, count);
+    float d[gate_groups][2][4] = {};
 #pragma unroll 4
     for (u32 chunk = warp; chunk < d_model / 32; chunk += math_warps) {
-      const uint4 low = __ldg(low_row + chunk * 4), high = __ldg(high_row + chunk * 4),
-                  b = __ldg(x + chunk * 4);
-      sm90::mma(d[0], low.x, high.x, low.y, high.y, b.x, b.y);
-      sm90::mma(d[1], low.z, high.z, low.w, high.w, b.z, b.w);
+      const uint4 low = __ldg(low_row + chunk * 4), high = __ldg(high_row + chunk * 4);
+#pragma unroll
+      for (u32 g = 0; g < gate_groups; ++g) {
+        const uint4 b = __ldg(x[g] + chunk * 4);
+        sm90::mma(d[g][0], low.x, high.x, low.y, high.y, b.x, b.y);
+        sm90::mma(d[g][1], low.z, high.z, low.w, high.w, b.z, b.w);
+      }
     }
     auto* partial =
         group.in_shared<float4>(group.at.partial);  // no task is under way before the plan is there
-    partial[warp * 32 + lane] =
-        make_float4(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3]);
+#pragma unroll
+    for (u32 g = 0; g < gate_groups; ++g)
+      partial[(g * math_warps + warp) * 32 + lane] = make_float4(
+          d[g][0][0] + d[g][1][0], d[g][0][1] + d[g][1][1], d[g][0][2] + d[g][1][2], d[g][0][3] + d[g][1][3]);
     meet();
-    if (warp == 0) {
-      const float4 sum = sum_over_warps(partial + lane, 32);
+    if (warp < gate_groups) {
+      const float4 sum = sum_over_warps(partial + warp * math_warps * 32 + lane, 32);
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        const u32 column = 2 * quarter + i % 2, expert = row + 8 * (i / 2);
+        const u32 column = warp * 8 + 2 * quarter + i % 2, expert = row + 8 * (i / 2);
         if (column < count && expert < experts)
           publish_logit(first_token + column, first_expert + expert, values[i], 0);
       }
