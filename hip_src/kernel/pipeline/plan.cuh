@@ -309,13 +309,16 @@ struct Planner {
     } else if (warp == math_warps - 1 && !is_sorted) {
       prefetch_weights(words > 1 ? count : mask);
     }
-    if (mode == Mode::words && !is_sorted) {  // so few pairs that who has added up makes the lists as well
-      if (warp >= adding_warps) return;
-      sm90::named_barrier<plan_barrier, 32 * adding_warps>();
-      return make_lists(plan, mask, before, 32 * adding_warps);
+    if constexpr (mode == Mode::words) {  // so few pairs that who has added up makes the lists as well
+      if (warp < adding_warps) {
+        sm90::named_barrier<plan_barrier, 32 * adding_warps>();
+        make_lists(plan, mask, before, 32 * adding_warps);
+      }
+      if (!is_sorted) return;
+    } else {
+      meet();
+      make_lists(plan, mask, before, math_threads);
     }
-    meet();
-    make_lists(plan, mask, before, math_threads);
     meet();
     if (is_sorted) sort_sequence(plan, order);
   }
