@@ -142,7 +142,7 @@ class Machine:
     cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
     cache_bytes: int = _parameter(
         "count",
-        "weights come from the cache until so many bytes of others have been read from memory; 0: always from memory",
+        "weights leave the cache after so many bytes of others read from memory, on average; 0: always from memory",
         least=0,
         default=0,
     )

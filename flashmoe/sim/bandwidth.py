@@ -106,25 +106,29 @@ class Weights:
 class Cache:
     """What lies before a memory channel and keeps weights for the next task that wants them.
 
-    Who asks for weights while another task streams them, or before the memory has been asked for `capacity_bytes` of
-    others, gets them as fast as one CU can take them, but not before they are there; the channel has no part in it.
+    Who asks for weights before the memory has been asked for so many bytes of others since they were last asked for,
+    gets them as fast as one CU can take them, but not before they are there; the channel has no part in it.
     """
 
-    def __init__(self, env: simpy.Environment, channel: CappedSharing, capacity_bytes: int) -> None:
-        self._env, self._channel, self._capacity_bytes = env, channel, capacity_bytes
+    def __init__(self, env: simpy.Environment, channel: CappedSharing) -> None:
+        self._env, self._channel = env, channel
         self._asked_bytes = 0.0  # of the memory, so far
 
-    def stream(self, weights: Weights, num_bytes: float, least_ps: int, finished: Callable[[], None]) -> bool:
+    def stream(
+        self, weights: Weights, num_bytes: float, least_ps: int, stay_bytes: float, finished: Callable[[], None]
+    ) -> bool:
         """Stream weights from now on; `finished` is called when all are there. Returns whether the cache has them.
 
-        least_ps: what a CU that has the memory to itself takes.
+        least_ps: what a CU that has the memory to itself takes. stay_bytes: after so many of others they have left.
         """
-        has_them = weights.is_on_its_way or self._asked_bytes - weights.asked_bytes <= self._capacity_bytes
-        if self._capacity_bytes == 0 or not has_them:
+        if self._asked_bytes - weights.asked_bytes > stay_bytes:
             self._asked_bytes += num_bytes
             weights.asked_bytes = self._asked_bytes
-            weights.is_on_its_way = True
-            self._channel.start(num_bytes, lambda: self._read(weights, finished))
+            if weights.is_on_its_way:  # for another, whose first bytes have left already
+                self._channel.start(num_bytes, finished)
+            else:
+                weights.is_on_its_way = True
+                self._channel.start(num_bytes, lambda: self._read(weights, finished))
             return False
         weights.asked_bytes = self._asked_bytes
         there_ps = int(self._env.now) + least_ps

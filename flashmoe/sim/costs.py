@@ -32,6 +32,7 @@ class Costs:
     overhead_ps: (n,) int64, the fixed part [ps, rounded up].
     send_ps: (n,) int64, its remote stores, which keep the worker busy [ps, rounded up].
     weights: (n,) int64, row of the first task that streams the same weights.
+    stay_bytes: (n,) float64, after how many bytes of others they have left the cache for it; -1: there is none [bytes].
     early: weights may stream before a task's inputs are ready.
     """
 
@@ -41,6 +42,7 @@ class Costs:
     overhead_ps: NDArray[np.int64]
     send_ps: NDArray[np.int64]
     weights: NDArray[np.int64]
+    stay_bytes: NDArray[np.float64]
     early: bool
 
     @property
@@ -61,8 +63,8 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
     slow = 1.0 / speeds  # how much longer than usual a task takes
     stall_ps: Any = 0
     bytes_factor: Any = 1.0
+    bits = jitter.task_bits(parameters.seed, layer, tasks["pe"], tasks["task_id"])
     if parameters.jitters:
-        bits = jitter.task_bits(parameters.seed, layer, tasks["pe"], tasks["task_id"])
         luck = jitter.factors(bits, parameters.quantiles) - 1.0
         bytes_factor = 1.0 + luck * _evened_out(tasks["weight_bytes"].astype(np.float64), machine.jitter_bytes)
         slow = slow * bytes_factor
@@ -82,6 +84,7 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
         overhead_ps=_ceil(kind_overhead_ps[tasks["kind"]] * slow) + stall_ps,
         send_ps=_ceil(remote_bytes(table) / machine.store_bytes_per_ns * 1000.0),
         weights=first_of_same_weights(tasks),
+        stay_bytes=jitter.stay(bits, parameters.stay_bytes) if machine.cache_bytes > 0 else np.full(len(tasks), -1.0),
         early=machine.prefetch,
     )
 

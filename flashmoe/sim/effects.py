@@ -111,7 +111,7 @@ EFFECTS: dict[str, Effect] = {
         _set(cache_bytes_per_ns=UNLIMITED),
     ),
     "reuse": Effect(
-        "What another task has streamed a short while ago, or is streaming, comes from the cache: the memory does not "
+        "What another task streams, or has streamed a short while ago, may come from the cache: the memory does not "
         "notice. Without: every task streams its weights from memory.",
         _set(cache_bytes=0),
     ),

@@ -51,6 +51,20 @@ def factors(bits: NDArray[np.uint64], table: NDArray[np.float64]) -> NDArray[np.
     return drawn
 
 
+def stays() -> NDArray[np.float64]:
+    """(4096,) float64, ascending: equally likely values that follow an exponential distribution of mean 1."""
+    count = 1 << _QUANTILE_BITS
+    values = np.array([-math.log1p(-(i + 0.5) / count) for i in range(count)])
+    scaled: NDArray[np.float64] = values / values.mean()
+    return scaled
+
+
+def stay(bits: NDArray[np.uint64], table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) float64, how long each task's weights have stayed in the cache; of bits that decide on nothing else."""
+    drawn: NDArray[np.float64] = table[bits >> np.uint64(_STALL_BITS + 8) & np.uint64((1 << _QUANTILE_BITS) - 1)]
+    return drawn
+
+
 def stall_threshold(probability: float) -> int:
     """A task stalls if the lower half of its bits is below this."""
     return round(probability * (1 << _STALL_BITS))

@@ -24,6 +24,7 @@ class Parameters:
     release_ps: (n + 1,) int64, what a release takes while n streams run [ps].
     speeds: (num_pes,) persistent speed factors.
     quantiles: (4096,) factors on a task's time, equally likely; all 1 without jitter.
+    stay_bytes: (4096,) after how many bytes of others weights leave the cache, equally likely [bytes].
     stall_threshold: see `jitter.stall_threshold`.
     """
 
@@ -38,6 +39,7 @@ class Parameters:
     near_ps: NDArray[np.int64]
     release_ps: NDArray[np.int64]
     quantiles: NDArray[np.float64]
+    stay_bytes: NDArray[np.float64]
     stall_threshold: int
 
     @property
@@ -107,8 +109,14 @@ def resolve(
         near_ps=under_load(machine.signal_near_ps, machine.signal_load_factor),
         release_ps=under_load(machine.release_ps, machine.release_load_factor),
         quantiles=_quantiles(machine.jitter),
+        stay_bytes=machine.cache_bytes * _stays(),
         stall_threshold=jitter.stall_threshold(machine.stall_probability) if machine.stall_ps > 0 else 0,
     )
+
+
+@lru_cache(maxsize=1)
+def _stays() -> NDArray[np.float64]:
+    return jitter.stays()
 
 
 @lru_cache(maxsize=32)

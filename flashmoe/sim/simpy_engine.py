@@ -253,7 +253,8 @@ class Worker:
     def _start_stream(self) -> None:
         pick, layer = self._streams[0], self.layer
         weights, num_bytes = layer.weights[pick.row], layer.stream_bytes[pick.row]
-        pick.from_cache = self.pe.cache.stream(weights, num_bytes, layer.stream_ps[pick.row], self._loaded)
+        least_ps, stay_bytes = layer.stream_ps[pick.row], layer.stay_bytes[pick.row]
+        pick.from_cache = self.pe.cache.stream(weights, num_bytes, least_ps, stay_bytes, self._loaded)
 
     def _loaded(self) -> None:
         pick = self._streams.popleft()
@@ -450,6 +451,7 @@ class Layer:
         self.early = costs.early
         self.stream_bytes: list[float] = costs.stream_bytes.tolist()
         self.stream_ps: list[int] = costs.stream_ps.tolist()
+        self.stay_bytes: list[float] = costs.stay_bytes.tolist()
         first: list[int] = costs.weights.tolist()
         made = {row: Weights() for row in set(first)}
         self.weights: list[Weights] = [made[row] for row in first]
@@ -537,7 +539,7 @@ class Run:
         for index in range(parameters.num_pes):
             if index == 0 or cores is None:  # the cores of a host share one memory
                 channel = CappedSharing(self.env, parameters.rates[index], index)
-                cache = Cache(self.env, channel, machine.cache_bytes)
+                cache = Cache(self.env, channel)
             self.pes.append(Pe(self.env, index, parameters, channel, cache, cores))
         self.layers: list[Layer] = []
         for number, (table, schedule) in enumerate(zip(tables, schedules, strict=True)):

@@ -79,6 +79,7 @@ Parameters make_parameters(const py::dict& given) {
   p.near_ps = to_vector<i64>(given["near_ps"]);
   p.release_ps = to_vector<i64>(given["release_ps"]);
   p.quantiles = to_vector<double>(given["quantiles"]);
+  p.stay_bytes = to_vector<double>(given["stay_bytes"]);
   return p;
 }
 

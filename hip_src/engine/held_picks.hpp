@@ -36,15 +36,16 @@ class HeldPicks {
     const TaskClass& c = g.of(row);
     pick.row = row;
     ++pick.serial;
-    pick.streaming = pick.from_cache = false;
+    pick.streaming = pick.from_cache = pick.leads = false;
     pick.loaded_ps = -1;
     pick.asked_ps = asked_ps;
     pick.ticket_ps = env_.now();
     pick.next_wait = c.wait_begin;
     pick.before = none;
-    if (env_.p.jitters) {
+    if (env_.p.jitters || env_.p.cache_bytes > 0) {
       const u64 bits = task_bits(key_, l.number, w.pe, g.id_of(w.pe, row));
       pick.quantile = quantile_of(bits);
+      pick.stay = stay_of(bits);
       pick.stalls = stalls(bits, env_.p.stall_threshold);
     }
     const bool unplanned = is_planned_kind(c.kind) && !l.events.is_seen(stage.planned, w);
@@ -134,8 +135,8 @@ class HeldPicks {
   //! The memory has read what a worker streams: whoever follows has it, too.
   void read(const Worker& w) {
     const Pick& pick = of(w, w.streams[w.first_stream]);
+    if (!pick.leads) return;
     Weights* weights = weights_of(w, pick);
-    if (weights == nullptr) return;
     weights->is_on_its_way = false;
     for (u32 who = weights->first_waiting; who != none; who = followers_[who].next)
       env_.clock.at(std::max(env_.now(), followers_[who].there_ps), item(What::cached, who));
@@ -181,10 +182,10 @@ class HeldPicks {
     const double num_bytes = stream_bytes(w, pick);
     if (Weights* weights = weights_of(w, pick); weights != nullptr) {
       const double asked_bytes = env_.memory.asked_bytes(w.pe);
-      pick.from_cache = weights->is_on_its_way ||
-                        asked_bytes - weights->asked_bytes <= static_cast<double>(env_.p.cache_bytes);
+      pick.from_cache = asked_bytes - weights->asked_bytes <= env_.p.stay_bytes[pick.stay];
       weights->asked_bytes = asked_bytes + (pick.from_cache ? 0.0 : num_bytes);
       if (pick.from_cache) return follow(w, *weights, num_bytes);
+      pick.leads = !weights->is_on_its_way;  // else its first bytes have left the cache already
       weights->is_on_its_way = true;
     }
     env_.memory.start(env_.now(), w.pe, num_bytes, w.number);

@@ -17,6 +17,7 @@ inline u64 task_bits(u64 key, u32 layer, u32 pe, u32 task_id) {
   return mixed(mixed(counter * golden + key) + key);
 }
 inline u32 quantile_of(u64 bits) { return static_cast<u32>(bits >> 52); }
+inline u32 stay_of(u64 bits) { return static_cast<u32>(bits >> 40 & 4095u); }
 inline bool stalls(u64 bits, u64 threshold) { return (bits & 0xFFFFFFFFu) < threshold; }
 
 }  // namespace flashmoe::engine

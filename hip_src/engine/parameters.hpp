@@ -24,6 +24,7 @@ struct Parameters {
   std::vector<double> rates;                     // [num_pes][num_streams + 1]
   std::vector<i64> far_ps, near_ps, release_ps;  // [num_streams + 1]
   std::vector<double> quantiles;                 // [4096]
+  std::vector<double> stay_bytes;                // [4096]
 };
 
 }  // namespace flashmoe::engine

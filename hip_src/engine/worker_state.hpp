@@ -41,7 +41,9 @@ struct Pick {
   u32 next_wait;  // first input, in the class's list, that was not seen yet
   u32 serial;     // tells it from others that had its place before
   u32 quantile;   // of the jitter
+  u32 stay;       // quantile of how long its weights have stayed in the cache
   bool streaming, from_cache, stalls;
+  bool leads;  // the cache will have its weights when they have been read
   i64 asked_ps, ticket_ps;
   i64 loaded_ps;  // all weights are there since then; -1: not yet
 };

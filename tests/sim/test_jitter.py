@@ -70,6 +70,21 @@ def test_factors_follow_a_lognormal_distribution_of_mean_one(sigma):
         assert table[int(share * 4096)] == pytest.approx(exact, rel=3e-3 * max(1.0, sigma / 0.1))
 
 
+def test_what_stays_in_a_cache_follows_an_exponential_distribution_of_mean_one():
+    table = jitter.stays()
+    assert len(table) == 4096
+    assert (np.diff(table) > 0).all()
+    assert table.mean() == pytest.approx(1.0, abs=1e-12)
+    for share in (0.01, 0.25, 0.5, 0.9, 0.99):
+        assert table[int(share * 4096)] == pytest.approx(-np.log(1 - share), rel=0.02)
+
+
+def test_bits_of_their_own_choose_what_stays():
+    table = jitter.stays()
+    bits = np.array([0, 2**40 - 1, 2**40, 2**52 - 1, 2**52], np.uint64)
+    assert jitter.stay(bits, table).tolist() == table[[0, 0, 1, 4095, 0]].tolist()
+
+
 def test_no_jitter_is_a_factor_of_one():
     assert (jitter.quantiles(0.0) == 1.0).all()
 

@@ -1,9 +1,12 @@
 """How a GPU kernel begins and ends tasks, on both engines: every time below is worked out by hand."""
 
+import math
+
+import numpy as np
 import pytest
 from sim.tables import HandPolicy, HandTable, plain_machine, run_engine
 
-from flashmoe.sim import ENGINES
+from flashmoe.sim import ENGINES, jitter
 from flashmoe.trace import FROM_CACHE, memory_bytes
 
 
@@ -220,19 +223,32 @@ def test_who_wants_weights_that_another_streams_follows_its_stream(run, hbm_byte
     assert memory_bytes(records).tolist() == [100, 0 if cache_bytes else 100]
 
 
-@pytest.mark.parametrize(("cache_bytes", "last_ps"), [(300, 50_000), (299, 60_000)])
-def test_weights_stay_in_the_cache_until_so_many_others_were_read(run, cache_bytes, last_ps):
+def test_weights_stay_in_the_cache_until_so_many_others_were_read(run):
     # 5 bytes a ns from memory, 10 from the cache: 20 + 60 ns, and then 10 or 20
-    machine = plain_machine(hbm_bytes_per_ns=5.0, cache_bytes=cache_bytes)
-    records = run(blocks((0, 100), (1, 300), (0, 100)), machine)
-    assert records["loaded_ps"].tolist() == [20_000, 80_000, 40_000 + last_ps]
+    bits = int(jitter.task_bits(0, 0, np.array([0]), np.array([2]))[0])
+    stay = -math.log(1 - ((bits >> 40) % 4096 + 0.5) / 4096)  # over the mean, but for what a table of 4096 is off by
+    for cache_bytes, last_ps in ((math.ceil(300 / stay) + 1, 50_000), (math.floor(300 / stay) - 1, 60_000)):
+        machine = plain_machine(hbm_bytes_per_ns=5.0, cache_bytes=cache_bytes)
+        records = run(blocks((0, 100), (1, 300), (0, 100)), machine)
+        assert records["loaded_ps"].tolist() == [20_000, 80_000, 40_000 + last_ps]
+
+
+def test_who_comes_when_the_first_bytes_have_left_reads_them_again(run):
+    # Worker 1 asks right after worker 0. Worker 2 has 10 bytes of its own before, and more than 9 times the mean no
+    # weights stay: 10 bytes each at 5 a ns, then 30 of worker 0 and 40 of worker 2 at 5 a ns, the last 10 at 10.
+    table = blocks((0, 40), (1, 10), (0, 40), (0, 40))
+    machine = plain_machine(cache_bytes=1, hbm_bytes_per_ns=10.0)
+    records = run(table, machine, workers=3, queue="replay", lists=[[[0], [3], [1, 2]]])
+    assert records["loaded_ps"].tolist() == [8_000, 2_000, 9_000, 8_000]
+    assert records["flags"].tolist() == [0, 0, 0, FROM_CACHE]
+    assert memory_bytes(records).tolist() == [40, 10, 40, 0]
 
 
 def test_a_follower_that_comes_late_takes_its_own_time(run):
     # worker 1 first has 10 bytes of its own: 1 ns; then the other's 20, which are there at 2 ns
     records = run(
         blocks((0, 20), (1, 10), (0, 20)),
-        plain_machine(cache_bytes=1),
+        plain_machine(cache_bytes=1_000),
         workers=2,
         queue="replay",
         lists=[[[0], [1, 2]]],

@@ -91,8 +91,8 @@ struct Group {
   char* shared;
   const SharedLayout& at;
   u32 worker;
-  u32 ended;     // the epoch of the launch before
-  u64 begin_ns;  // with the trace on: when the thread began
+  u32 ended_epoch;  // of the launch before
+  u64 begin_ns;     // with the trace on: when the thread began
 
   //! All its warps ask for it at once: in one line with the others', so would all work-groups.
   __device__ __forceinline__ u32* last_epoch() const {
@@ -104,7 +104,7 @@ struct Group {
     sm90::wait_for_launch_before();
     // relaxed: the launch before has ended. On its way while the first task begins: only what tells others
     // needs it.
-    ended = load_relaxed<Scope::device>(last_epoch());
+    ended_epoch = load_relaxed<Scope::device>(last_epoch());
     if constexpr (traced) begin_ns = clock_ns();
   }
   //! Into L2, before the launch before has ended: what it wrote is there anyway, and the rest may have had to
@@ -121,7 +121,7 @@ struct Group {
     }
   }
   //! Added where it is asked for: right after the load, the thread would wait for it there.
-  __device__ __forceinline__ u32 epoch() const { return sm90::known_now(ended) + 1; }
+  __device__ __forceinline__ u32 epoch() const { return sm90::known_now(ended_epoch) + 1; }
   __device__ __forceinline__ const Counters& counters() const { return params.layout.counters[epoch() % 2]; }
   template <class T>
   __device__ __forceinline__ T* in_shared(u32 offset) const {
