@@ -43,6 +43,8 @@ TILINGS = {
     "blocks of 32": Tiling(gate_tokens=16, gate_experts=16, up_rows=64, down_rows=64, block_tokens=32),
     "blocks of 64": Tiling(gate_tokens=32, gate_experts=16, up_rows=64, down_rows=128, combine_tokens=2),
     "rows": Tiling(down="rows", gate_experts=1, down_rows=16, block_tokens=8),
+    # few tokens, too, as lists: results are combined
+    "narrow groups": Tiling(down="rows", gate_experts=1, down_rows=16, block_tokens=8, experts_per_pick=3),
     "groups": Tiling(down="rows", gate_experts=16, up_rows=32, down_rows=32, block_tokens=16, experts_per_pick=3),
     "wide rows": Tiling(down="rows", gate_tokens=16, up_rows=64, down_rows=128, block_tokens=32),
 }
