@@ -71,6 +71,7 @@ static_assert(sizeof(Work) == 16 && sizeof(Item) == sizeof_item);
 
 //! Named barriers of the hardware; 0 is __syncthreads.
 constexpr u32 math_barrier = 1, finish_barrier = 2, plan_barrier = 3;
+__device__ __forceinline__ void meet_math_warps() { sm90::named_barrier<math_barrier, math_threads>(); }
 constexpr u32 adding_warps = 4;  // of the math warps, which make the plan
 
 //! By value, so that no struct of the caller's has to lie in memory.

@@ -15,6 +15,7 @@ class Mathematician {
   __device__ Mathematician(Group& group, TaskGraph& graph)
       : group_(group),
         graph_(graph),
+        router_(group, graph.tiling),
         planner_(group, graph.tiling),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32) {}
@@ -53,13 +54,13 @@ class Mathematician {
         }
         gate = Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none};
       }
-      planner_.gate(gate);
+      router_.gate(gate);
       if (is_ahead && !next_item(work)) return false;
       is_ahead = false;
       note(group_.item(items_.slot));
       done_with_item();
     }
-    planner_.build(graph_.plan, group_.params.order);
+    planner_.build(graph_.plan, group_.params.order, router_);
     __syncwarp();
     if (warp_ < adding_warps) sm90::arrive_if(group_.planned(), lane_ == 0);
     group_.wait(group_.planned(), 0);
@@ -143,9 +144,9 @@ class Mathematician {
       }
       u32 expert;
       float weight, logits[lane_experts];
-      planner_.load_logits(token, 0, item.id, logits);
+      router_.load_logits(token, 0, item.id, logits);
       stamp_turn(item);
-      planner_.choose(logits, expert, weight);
+      router_.choose(logits, expert, weight);
       if (lane_ < top_k) {
         kept_idx[pair] = static_cast<std::int32_t>(expert);
         kept_weights[pair] = weight;
@@ -324,7 +325,7 @@ class Mathematician {
     if constexpr (mode == Mode::tiles) {
       u32 expert;
       float weight;
-      planner_.choice(token, slot, expert, weight);
+      router_.choice(token, slot, expert, weight);
       if (expert >= num_experts) return Result{0, 0, 0};
       return Result{expert, graph_.plan.expert_blocks(expert) * tiles, weight};
     } else {
@@ -410,14 +411,14 @@ class Mathematician {
   // noted and kept later.
   __device__ __forceinline__ void record(const Item& item) const {
     if constexpr (traced) {
-      sm90::named_barrier<math_barrier, math_threads>();
+      meet_math_warps();
       if (threadIdx.x == 0) group_.keep_record(item, item.id, num_tasks_);
     }
   }
   __device__ __forceinline__ void note(const Item& item) {
     if constexpr (traced) {
       if (!item.is(TaskKind::gate))
-        sm90::named_barrier<math_barrier, math_threads>();  // a gate ends with one
+        meet_math_warps();  // a gate ends with one
       keep_noted();
       noted_ = item;
       noted_end_ns_ = sm90::timer_ns();
@@ -431,7 +432,8 @@ class Mathematician {
 
   Group& group_;
   TaskGraph& graph_;
-  Planner<mode, groups <= 4 ? 1 : 2> planner_;  // more tokens in a block, more in a gate task
+  Router<mode, groups <= 4 ? 1 : 2> router_;  // more tokens in a block, more in a gate task
+  Planner<mode> planner_;
   u32 warp_, lane_;
   Item noted_{};
   u32 noted_end_ns_ = 0;
