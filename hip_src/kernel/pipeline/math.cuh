@@ -417,8 +417,7 @@ class Mathematician {
   }
   __device__ __forceinline__ void note(const Item& item) {
     if constexpr (traced) {
-      if (!item.is(TaskKind::gate))
-        meet_math_warps();  // a gate ends with one
+      if (!item.is(TaskKind::gate)) meet_math_warps();  // a gate ends with one
       keep_noted();
       noted_ = item;
       noted_end_ns_ = sm90::timer_ns();
