@@ -71,6 +71,7 @@ class Worker:
         self._core_since_ps = 0
         # until then warps of this worker are at the ends of tasks before, and at their releases
         self._finished_ps, self._released_ps = 0, 0
+        self._untold = 0  # tasks of which others still have to be told, which may be at this very moment
 
     def work(self) -> Steps:
         """Run the oldest pick that is ready; without one take another, if allowed; else wait for an input."""
@@ -111,7 +112,7 @@ class Worker:
 
     def _leave(self, stage: Stage) -> Steps:
         """On to the next layer, or the end. Nobody knows before the plan that there is nothing left to do."""
-        while (busy_ps := max(self._finished_ps, self._released_ps)) > self.env.now:
+        while (busy_ps := max(self._finished_ps, self._released_ps)) > self.env.now or self._untold > 0:
             yield self.env.timeout(busy_ps - int(self.env.now))
         if stage.next is None:
             self._give_core()
@@ -343,8 +344,10 @@ class Worker:
 
     def _later(self, time_ps: int, call: Callable[[int], Any], row: int) -> None:
         def now(_: simpy.Event) -> None:
+            self._untold -= 1
             call(row)
 
+        self._untold += 1
         self.env.timeout(time_ps - int(self.env.now)).callbacks.append(now)
 
     def _signal(self, row: int) -> list[int]:

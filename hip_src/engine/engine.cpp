@@ -57,7 +57,7 @@ class Engine : Workers {
         launch(low, who);
         break;
       case What::finish:
-        tell(workers_[who], low);
+        finished(workers_[who], low);
         break;
       case What::release:
         released(workers_[who], low);

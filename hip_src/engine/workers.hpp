@@ -21,7 +21,8 @@ class Workers {
         queues_(env_, config.queue),
         picks_(env_, config),
         workers_(u64{p.num_pes} * p.num_workers),
-        released_ps_(workers_.size()) {
+        released_ps_(workers_.size()),
+        untold_(workers_.size()) {
     for (u32 i = 0; i < workers_.size(); ++i) {
       Worker& w = workers_[i];
       w.number = i;
@@ -206,7 +207,8 @@ class Workers {
   bool leave(Worker& w) {
     Layer& l = *w.layer;
     const u32 next = l.number + 1, planned = l.stages[w.pe].planned;
-    if (const i64 busy_ps = std::max(w.last_end_ps, released_ps_[w.number]); busy_ps > env_.now()) {
+    const i64 busy_ps = std::max(w.last_end_ps, released_ps_[w.number]);
+    if (busy_ps > env_.now() || untold_[w.number] > 0) {
       env_.clock.at(busy_ps, item(What::resume, w.number));
       return false;
     }
@@ -377,6 +379,7 @@ class Workers {
     record(w, l, pick, c, end_ps);
     if (end_ps > env_.now()) {
       env_.clock.at(end_ps, item(What::finish, w.number, pick.row));
+      ++untold_[w.number];
       return true;
     }
     if (queues_.runs_ahead()) {
@@ -398,12 +401,20 @@ class Workers {
       released_ps = std::max(env_.now(), released_ps) + env_.release_ps(w.pe);
       if (released_ps > env_.now()) {
         env_.clock.at(released_ps, item(What::release, w.number, row));
+        ++untold_[w.number];
         return;
       }
     }
     signal(w, *w.layer, c);
   }
-  void released(const Worker& w, u32 row) { signal(w, *w.layer, w.layer->graph.of(row)); }
+  void finished(const Worker& w, u32 row) {
+    --untold_[w.number];
+    tell(w, row);
+  }
+  void released(const Worker& w, u32 row) {
+    --untold_[w.number];
+    signal(w, *w.layer, w.layer->graph.of(row));
+  }
 
   void signal(const Worker& w, Layer& l, const TaskClass& c) {
     const i64 far_ps = env_.now() + env_.far_ps(w.pe), near_ps = env_.now() + env_.near_ps(w.pe);
@@ -465,6 +476,8 @@ class Workers {
   HeldPicks picks_;
   std::vector<Worker> workers_;
   std::vector<i64> released_ps_;  // [worker] until then it is at the releases of tasks before
+  std::vector<u32>
+      untold_;  // [worker] tasks of which others still have to be told, perhaps at this very moment
 
  private:
   static constexpr u64 progress_step = 1 << 16;  // tasks between two calls of progress

@@ -131,6 +131,20 @@ def test_a_launch_is_over_when_the_last_task_has_ended(engine):
     assert records["start_ps"].tolist() == [0, 9_000]
 
 
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_worker_that_is_free_as_its_release_is_over_tells_before_it_goes_on_to_the_next_layer(engine):
+    first, second = HandTable(), HandTable()
+    ready = first.event("upped")
+    first.task("route", signals=(first.plan(),))
+    first.task("up", flops=5, signals=(ready,))
+    first.task("down", flops=1, waits=(ready,))
+    second.task("gate", flops=1)
+    # up: 5 ns, then 1 beside and a release of 1; its worker's books take 2, too, as the other's after down
+    machine = plain_machine(finish_beside=True, up_overhead_ps=1_000, release_ps=1_000, gap_ps=2_000)
+    records = ENGINES[engine]([first, second], machine, HandPolicy(), 2)
+    assert records["start_ps"].tolist() == [0, 0, 7_000, 10_000]
+
+
 def test_every_worker_makes_its_lists_the_one_that_routed_too(run):
     machine = plain_machine(signal_ps=500, plan_ps=1_000, plan_token_ps=100)
     for workers in (1, 3):
