@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashmoe.calibrate.device import Parameter
 from flashmoe.calibrate.measurements import Measurements
@@ -75,29 +76,31 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     starts_ns = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
     parameters["prologue_ps"] = _fixed(starts_ns, "first instruction to the start of the first task, less a ticket")
     lists_ns = np.array([_lists_ns(layer.trace) - _lists_ns(simulated) for layer, simulated in pairs])
-    slope_ns, fixed_ns = np.polyfit(tokens, lists_ns, 1)
-    spread_ns = float(np.max(np.abs(np.polyval([slope_ns, fixed_ns], tokens) - lists_ns)))
     told = f"end of the last route to the first up of one worker, {min(tokens):.0f} to {max(tokens):.0f} tokens"
-    parameters["plan_ps"] = Parameter(max(0, round(fixed_ns * 1000)), spread_ns * 1000, "fitted", told)
-    parameters["plan_token_ps"] = Parameter(max(0, round(slope_ns * 1000)), 0.0, "fitted", told)
+    parameters |= _line("plan_ps", "plan_token_ps", tokens, lists_ns, told)
     return parameters | _sorting(sorted_layers, layers)
 
 
 def _sorting(sorted_layers: Sequence[MeasuredLayer], layers: Sequence[MeasuredLayer]) -> dict[str, Parameter]:
     """What lists take longer where experts are sorted: a fixed part, a time an expert; nothing without two layers."""
-    lists_ns = {layer.trace.header["num_tokens"][0]: _lists_ns(layer.trace) for layer in layers}
-    pairs = [(layer, layer.trace.header["num_tokens"][0]) for layer in sorted_layers]
-    pairs = [(layer, tokens) for layer, tokens in pairs if tokens in lists_ns]
-    if len(pairs) < 2:
+    plain = {layer.trace.header["num_tokens"][0]: layer for layer in layers}
+    pairs = [(layer, plain.get(layer.trace.header["num_tokens"][0])) for layer in sorted_layers]
+    found = [(num_active_experts(one.table.tasks, 1)[0], one, other) for one, other in pairs if other is not None]
+    if len(found) < 2:
         return {}
-    experts = [num_active_experts(layer.table.tasks, 1)[0] for layer, _ in pairs]
-    longer_ns = np.array([_lists_ns(layer.trace) - lists_ns[tokens] for layer, tokens in pairs])
-    slope_ns, fixed_ns = np.polyfit(experts, longer_ns, 1)
-    spread_ns = float(np.max(np.abs(np.polyval([slope_ns, fixed_ns], experts) - longer_ns)))
-    told = f"the same longer, where {min(experts)} to {max(experts)} experts are sorted"
+    experts = np.array([num_experts for num_experts, _, _ in found], np.float64)
+    longer_ns = np.array([_lists_ns(one.trace) - _lists_ns(other.trace) for _, one, other in found])
+    told = f"the same longer, where {min(experts):.0f} to {max(experts):.0f} experts are sorted"
+    return _line("sort_ps", "sort_expert_ps", experts, longer_ns, told)
+
+
+def _line(fixed: str, slope: str, x: NDArray[np.float64], y_ns: NDArray[np.float64], told: str) -> dict[str, Parameter]:
+    """Two parameters, a fixed part and a time for each of x; neither is less than none."""
+    slope_ns, fixed_ns = np.polyfit(x, y_ns, 1)
+    spread_ns = float(np.max(np.abs(np.polyval([slope_ns, fixed_ns], x) - y_ns)))
     return {
-        "sort_ps": Parameter(max(0, round(fixed_ns * 1000)), spread_ns * 1000, "fitted", told),
-        "sort_expert_ps": Parameter(max(0, round(slope_ns * 1000)), 0.0, "fitted", told),
+        fixed: Parameter(max(0, round(fixed_ns * 1000)), spread_ns * 1000, "fitted", told),
+        slope: Parameter(max(0, round(slope_ns * 1000)), 0.0, "fitted", told),
     }
 
 

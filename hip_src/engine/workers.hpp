@@ -476,8 +476,8 @@ class Workers {
   HeldPicks picks_;
   std::vector<Worker> workers_;
   std::vector<i64> released_ps_;  // [worker] until then it is at the releases of tasks before
-  std::vector<u32>
-      untold_;  // [worker] tasks of which others still have to be told, perhaps at this very moment
+  // [worker] tasks of which others still have to be told, perhaps at this very moment
+  std::vector<u32> untold_;
 
  private:
   static constexpr u64 progress_step = 1 << 16;  // tasks between two calls of progress
