@@ -93,7 +93,7 @@ struct Group {
   const SharedLayout& at;
   u32 worker;
   u32 ended_epoch;  // of the launch before
-  u64 begin_ns;     // with the trace on: when the thread began
+  u64 begin_ns;     // with the trace on: when the thread began, if it keeps records
 
   //! All its warps ask for it at once: in one line with the others', so would all work-groups.
   __device__ __forceinline__ u32* last_epoch() const {

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
     group.begin<false>();
     Loader<mode, traced>(group, graph).run();
   } else if (threadIdx.x % 32 == 0) {
-    group.begin<traced>();
+    group.begin<false>();
     Signaller(group, graph).run();
   }
   __syncthreads();

@@ -118,7 +118,7 @@ class Picker {
   __device__ __forceinline__ void begin() {
     if (has_begun_) return;
     has_begun_ = true;
-    group_.template begin<traced>();
+    group_.template begin<false>();
     // of an earlier launch: nothing runs until the host has reset the layer
     fault_before_ = load_relaxed<Scope::system>(&group_.params.fault->claimed);
   }
