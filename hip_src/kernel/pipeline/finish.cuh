@@ -249,9 +249,10 @@ class Signaller {
     for (;;) {
       if (!group_.wait_for_item(group_.item_full(items_.slot), items_.parity)) return;
       const Item& item = group_.item(items_.slot);
-      if (item.kind == end_item) return;
+      const Work work = item.work();
+      if (work.kind == end_item) return;
       group_.wait(group_.item_stored(items_.slot), items_.parity);
-      u32* counter = counter_of(item);
+      u32* counter = counter_of(work, item.block);
       // release at device scope: what the finish warps stored, and handed on with item_stored
       if (counter != nullptr && !group_.stopped()) sm90::add_release(counter);
       sm90::arrive(group_.item_free(items_.slot));
@@ -260,13 +261,13 @@ class Signaller {
   }
 
  private:
-  __device__ __forceinline__ u32* counter_of(const Item& item) const {
+  __device__ __forceinline__ u32* counter_of(const Work& work, u32 block) const {
     u32* done = group_.in_workspace<u32>(group_.counters().done);
-    if (item.is(TaskKind::up)) return group_.in_workspace<u32>(group_.counters().upped) + item.block;
-    if (!item.is(TaskKind::down)) return nullptr;
-    if (!graph_.by_rows()) return done + item.expert;
-    if (!(item.chain & ends_chain) || !graph_.tiling.has_combine(graph_.shape)) return nullptr;
-    return done + graph_.tiling.group_of(item.expert);
+    if (work.is(TaskKind::up)) return group_.in_workspace<u32>(group_.counters().upped) + block;
+    if (!work.is(TaskKind::down)) return nullptr;
+    if (!graph_.by_rows()) return done + work.expert;
+    if (!(work.chain & ends_chain) || !graph_.tiling.has_combine(graph_.shape)) return nullptr;
+    return done + graph_.tiling.group_of(work.expert);
   }
 
   Group& group_;

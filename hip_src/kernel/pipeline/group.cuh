@@ -13,16 +13,22 @@ constexpr u32 plan_item = 16, end_item = 17, early_item = 18;
 // A chain is an item for each of its tasks, or one, in words mode, where these are short.
 constexpr u32 starts_chain = 1, ends_chain = 2;
 
-//! What the warps must know of an item to do it: they read these 16 bytes at once.
-struct alignas(16) Work {
-  u32 kind : 8;       // a TaskKind, or one of the above
-  u32 chain : 8;      // starts_chain, ends_chain: its place among the tasks of a pick
-  u32 row_tiles : 8;  // 16 rows each
-  u32 : 8;
+//! What the warps must know of an item to do it.
+struct Work {
+  u32 kind;       // a TaskKind, or one of the above
+  u32 chain;      // starts_chain, ends_chain: its place among the tasks of a pick
+  u32 row_tiles;  // 16 rows each
   // Its tokens in the lists; of a whole chain, its experts among the active ones; early: its place.
-  u32 first : 16, count : 16;
+  u32 first, count;
   u32 tile, expert;
 
+  //! In 16 bytes, which are read at once. Not as bit-fields: the compiler takes those apart byte by byte.
+  __device__ __forceinline__ uint4 packed() const {
+    return make_uint4(kind | chain << 8 | row_tiles << 16, first | count << 16, tile, expert);
+  }
+  __device__ __forceinline__ static Work unpacked(const uint4& v) {
+    return Work{v.x & 0xffu, v.x >> 8 & 0xffu, v.x >> 16, v.y & 0xffffu, v.y >> 16, v.z, v.w};
+  }
   __device__ __forceinline__ bool is(TaskKind of) const { return kind == static_cast<u32>(of); }
   //! As of a task with all its rows: the last one, which may have fewer, needs no more room in a slot.
   template <Mode mode>
@@ -58,16 +64,18 @@ __device__ __forceinline__ float4 sum_over_warps(const float4* partial, u32 pitc
 }
 
 //! A task on its way from the picking thread to the others; they add the times.
-struct Item : Work {
+struct Item {
+  uint4 packed_work;
   u32 id, block;
   u32 ticket_ns;
   u32 ready_ns, turn_ns;  // inputs seen complete; the math warps have come to the task
 
+  __device__ __forceinline__ Work work() const { return Work::unpacked(packed_work); }
   __device__ __forceinline__ u32 seen_ready_ns() const { return later(ready_ns, ticket_ns); }
   //! When the worker began: it was free, and the inputs were there.
   __device__ __forceinline__ u32 start_ns() const { return later(turn_ns, seen_ready_ns()); }
 };
-static_assert(sizeof(Work) == 16 && sizeof(Item) == sizeof_item);
+static_assert(sizeof(Item) == sizeof_item);
 
 //! Named barriers of the hardware; 0 is __syncthreads.
 constexpr u32 math_barrier = 1, finish_barrier = 2, plan_barrier = 3;
@@ -162,7 +170,7 @@ struct Group {
   __device__ __forceinline__ u32 gathered() const { return barrier(2 * most_ring_slots + 4 * num_items + 4); }
   __device__ __forceinline__ u32 planned() const { return barrier(2 * most_ring_slots + 4 * num_items + 5); }
   template <Mode mode>
-  __device__ void init_barriers() const {
+  __device__ __forceinline__ void init_barriers() const {
     using R = Roles<mode>;
     for (u32 i = 0; i < ring_slots(mode); ++i) {
       sm90::barrier_init(slot_full(i), 1 + 32);  // the streaming thread and the lanes of a loading warp
@@ -172,7 +180,7 @@ struct Group {
       sm90::barrier_init(item_full(i), 1);
       sm90::barrier_init(item_free(i), math_warps + R::finish_warps + R::load_warps + R::signal_warps + 1);
       sm90::barrier_init(item_begun(i), 1);
-      sm90::barrier_init(item_stored(i), R::finish_warps);
+      if constexpr (R::signal_warps > 0) sm90::barrier_init(item_stored(i), R::finish_warps);
     }
     for (u32 i = 0; i < 2; ++i) {
       sm90::barrier_init(partial_full(i), math_warps);
@@ -182,7 +190,7 @@ struct Group {
     sm90::barrier_init(planned(), adding_warps);
     sm90::barriers_initialised();
   }
-  __device__ __forceinline__ Work work(u32 slot) const { return in_shared<Item>(items_at)[slot]; }
+  __device__ __forceinline__ Work work(u32 slot) const { return item(slot).work(); }
   //! Words: bit t of an expert's is set if token t has it.
   __device__ __forceinline__ const u32* masks() const { return in_shared<u32>(at.mask); }
   //! An early item's expert, and how many tokens it has. By whole warps. Most orders are that of the ids:
@@ -195,19 +203,21 @@ struct Group {
     const u32 place = work.first;
     work.kind = plan_item;  // nothing to do
     if (warp_stopped()) return;
-    work.expert = by_id                       ? active_expert(masks(), place)
+    work.expert = by_id                       ? active_expert(place, masks())
                   : place < plan.num_active() ? plan.sequence[place]
                                               : none;
     if (work.expert == none) return;
     work.kind = static_cast<u32>(TaskKind::up);
     work.count = __popc(masks()[work.expert]);
   }
-  //! The expert that comes after so many others with tokens, or none. By whole warps.
-  __device__ __forceinline__ static u32 active_expert(const u32* of_expert, u32 left) {
+  //! The expert that comes after so many others with tokens, or none. By whole warps. active_of(first
+  //! expert): a bit for each of 32 that has.
+  template <class ActiveOf>
+  __device__ __forceinline__ static u32 active_expert(u32 left, ActiveOf active_of) {
     const u32 lane = threadIdx.x % 32;
 #pragma unroll 1
     for (u32 base = 0; base < num_experts; base += 32) {
-      const u32 active = __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
+      const u32 active = active_of(base);
       if (left < __popc(active)) {
         const bool is_it = (active >> lane & 1) != 0 && __popc(active & ((1u << lane) - 1)) == left;
         return base + __ffs(static_cast<int>(__ballot_sync(~0u, is_it))) - 1;
@@ -216,11 +226,17 @@ struct Group {
     }
     return none;
   }
+  //! of_expert: [num_experts] 0 where it has none.
+  __device__ __forceinline__ static u32 active_expert(u32 left, const u32* of_expert) {
+    const u32 lane = threadIdx.x % 32;
+    return active_expert(left, [&](u32 base) {
+      return __ballot_sync(~0u, base + lane < num_experts && of_expert[base + lane] != 0);
+    });
+  }
   //! In whole words: a compiler may copy bytes.
   __device__ __forceinline__ void put(const Item& item, u32 slot) const {
     auto* to = in_shared<uint4>(items_at + slot * sizeof_item);
-    to[0] = make_uint4(item.kind | item.chain << 8 | item.row_tiles << 16, item.first | u32{item.count} << 16,
-                       item.tile, item.expert);
+    to[0] = item.packed_work;
     to[1] = make_uint4(item.id, item.block, item.ticket_ns, item.ready_ns);
     *in_shared<u32>(items_at + slot * sizeof_item + 32) = item.turn_ns;
   }

@@ -43,6 +43,8 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
   if (warp < math_warps) {
     Mathematician<groups, mode, traced>(group, graph).run();
   } else if (warp < R::pick) {
+    if (mode == Mode::words && params.given_idx != nullptr && is_by_id(params.order))
+      Planner<mode>(group, graph.tiling).prefetch_given_weights();
     group.begin<traced>();
     if (group.worker + 1 == params.num_workers) {  // the idle half of the counters, for the next launch
       const Counters& idle = params.layout.counters[(group.epoch() + 1) % 2];
@@ -74,9 +76,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
     Signaller(group, graph).run();
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (group.stopped()) return group.tell_stuck();
-  store_relaxed<Scope::device>(group.last_epoch(), group.epoch());
+  if (threadIdx.x == 0 && group.stopped()) group.tell_stuck();
 }
 
 }  // namespace flashmoe::pipeline

@@ -95,9 +95,8 @@ class Loader {
 
   //! Of the bits that are set, of at most 8; or 0.
   __device__ __forceinline__ static u32 nth_bit(u32 mask, u32 n) {
-#pragma unroll
-    for (u32 i = 0; i < max_words_tokens - 1; ++i)
-      if (i < n) mask &= mask - 1;
+#pragma unroll 1
+    for (u32 i = 0; i < n; ++i) mask &= mask - 1;
     return mask == 0 ? 0 : __ffs(static_cast<int>(mask)) - 1;
   }
 
@@ -184,7 +183,10 @@ class Loader {
   }
 
   //! Always the same warp's: when it comes to the slot again, the last use of it is over.
-  __device__ __forceinline__ bool is_mine() const { return slots_.slot % R::load_warps == warp_; }
+  __device__ __forceinline__ bool is_mine() const {
+    if constexpr (ring_slots(mode) == R::load_warps) return slots_.slot == warp_;
+    return slots_.slot % R::load_warps == warp_;
+  }
   __device__ __forceinline__ void stamp_ready(Item& item) const {
     if constexpr (traced) {
       if (lane_ == 0) item.ready_ns = sm90::timer_ns();

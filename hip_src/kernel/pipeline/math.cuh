@@ -37,27 +37,22 @@ class Mathematician {
 
   //! What comes before the plan, and the plan. False: there is nothing more to do.
   __device__ __forceinline__ bool make_plan() {
-    Task gate{};
-    bool is_ahead = is_given(gate);  // begun before anybody has picked it
+    const bool is_given = begin_given();
     Work work;
     for (;; ++num_tasks_) {
-      if (!is_ahead) {
-        if (!next_item(work)) return false;
-        if (work.kind == plan_item) break;
-        Item& item = group_.item(items_.slot);
+      if (!next_item(work)) return false;
+      if (work.kind == plan_item) break;
+      Item& item = group_.item(items_.slot);
+      if (num_tasks_ > 0 || !is_given) {
         stamp_turn(item);
-        if (!work.is(TaskKind::gate)) {
+        if (work.is(TaskKind::gate)) {
+          router_.gate(
+              Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none});
+        } else {
           route(work, item);
-          note(item);
-          done_with_item();
-          continue;
         }
-        gate = Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none};
       }
-      router_.gate(gate);
-      if (is_ahead && !next_item(work)) return false;
-      is_ahead = false;
-      note(group_.item(items_.slot));
+      note(item);
       done_with_item();
     }
     planner_.build(graph_.plan, group_.params.order, router_);
@@ -70,13 +65,15 @@ class Mathematician {
     return true;
   }
 
-  //! Whether the worker's first task is a gate task that is given with the launch.
-  __device__ __forceinline__ bool is_given(Task& gate) const {
-    const bool is_number = group_.params.queue != QueueKind::replay;  // its number is its first rank
-    if (!graph_.gate_inside || !is_number || group_.worker >= graph_.num_gate()) return false;
+  //! A gate task that is given with the launch begins before anybody has picked it. Code of its own: the
+  //! first instructions of a launch come from afar, and the sooner the fewer there are.
+  __device__ __forceinline__ bool begin_given() {
+    const Params& params = group_.params;
+    const bool is_given = params.queue != QueueKind::replay;  // its number is its first rank
+    if (!graph_.gate_inside || !is_given || group_.worker >= graph_.num_gate()) return false;
     const u32 tiles = graph_.tiling.gate_tiles(graph_.shape);
     const u32 block = group_.worker / tiles, tile = group_.worker % tiles;
-    gate = graph_.token_block(group_.worker, TaskKind::gate, block, graph_.tiling.gate_tokens, tile);
+    router_.gate(graph_.token_block(group_.worker, TaskKind::gate, block, graph_.tiling.gate_tokens, tile));
     return true;
   }
 
@@ -417,7 +414,7 @@ class Mathematician {
   }
   __device__ __forceinline__ void note(const Item& item) {
     if constexpr (traced) {
-      if (!item.is(TaskKind::gate)) meet_math_warps();  // a gate ends with one
+      if (!item.work().is(TaskKind::gate)) meet_math_warps();  // a gate ends with one
       keep_noted();
       noted_ = item;
       noted_end_ns_ = sm90::timer_ns();

@@ -14,6 +14,11 @@ class Picker {
   __device__ void run() {
     pick();
     push(end_item);
+    if (group_.stopped()) return;
+    // All warps have let go of the first item, so have begun, and read the epoch. Relaxed: the next launch
+    // waits for the end of this one, which comes sooner where no store has only just been made.
+    if (num_pushed_ <= num_items) group_.wait(group_.item_free(0), 0);  // else seen, to push the next there
+    store_relaxed<Scope::device>(group_.last_epoch(), group_.epoch());
   }
 
  private:
@@ -39,7 +44,7 @@ class Picker {
     bool has_pick = false, is_first = true;
     for (;;) {
       if (!has_pick) {
-        if (all_given && any_item_ && !is_asked_for) {
+        if (all_given && num_pushed_ > 0 && !is_asked_for) {
           push(plan_item);
           is_asked_for = true;
         }
@@ -142,39 +147,30 @@ class Picker {
 
   //! In a chain the rows are those of the task before.
   __device__ __forceinline__ void hand_on(const Task& task, u32 chain) {
-    fill(task, task.first, task.num_tokens, chain);
     if (task.kind == TaskKind::up)
-      item_.row_tiles = graph_.up_width(task.tile) / 8;
+      work_.row_tiles = graph_.up_width(task.tile) / 8;
     else if (task.kind == TaskKind::down && chain & starts_chain)
-      item_.row_tiles = graph_.down_width(task.tile) / 16;
-    push(item_);
+      work_.row_tiles = graph_.down_width(task.tile) / 16;
+    hand_on(task, task.first, task.num_tokens, chain);
   }
   __device__ __forceinline__ void hand_on_chain(const Task& first_task, u32 length) {
-    fill(first_task, graph_.plan.active_offset[first_task.expert], length, starts_chain | ends_chain);
-    push(item_);
+    hand_on(first_task, graph_.plan.active_offset[first_task.expert], length, starts_chain | ends_chain);
   }
   //! Its id and block are known when the plan is.
   __device__ __forceinline__ void hand_on_early(u32 place, u32 tile) {
-    fill(Task{none, TaskKind::up, none, tile, none, 0, 0, none}, place, 0, starts_chain | ends_chain);
-    item_.row_tiles = 1;
-    item_.kind = early_item;
-    push(item_);
-    item_.kind = static_cast<u32>(TaskKind::up);
+    work_.row_tiles = 1;
+    hand_on(Task{none, TaskKind::up, none, tile, none, 0, 0, none}, place, 0, starts_chain | ends_chain,
+            early_item);
   }
-  __device__ __forceinline__ void fill(const Task& task, u32 first, u32 count, u32 chain) {
-    item_.kind = static_cast<u32>(task.kind);
-    item_.id = task.id, item_.expert = task.expert, item_.tile = task.tile;
-    item_.block = task.block;
-    item_.first = first, item_.count = count;
-    item_.ticket_ns = item_.ready_ns = item_.turn_ns = ticket_ns_;
-    item_.chain = chain;
+  __device__ __forceinline__ void hand_on(const Task& task, u32 first, u32 count, u32 chain,
+                                          u32 kind_of_item = none) {
+    work_.kind = kind_of_item == none ? static_cast<u32>(task.kind) : kind_of_item;
+    work_.chain = chain;
+    work_.first = first, work_.count = count;
+    work_.tile = task.tile, work_.expert = task.expert;
+    push(Item{work_.packed(), task.id, task.block, ticket_ns_, ticket_ns_, ticket_ns_});
   }
-
-  __device__ __forceinline__ void push(u32 kind) {
-    Item item{};
-    item.kind = kind;
-    push(item);
-  }
+  __device__ __forceinline__ void push(u32 kind) { push(Item{make_uint4(kind, 0, 0, 0), 0, 0, 0, 0, 0}); }
 
   __device__ __forceinline__ void push(const Item& item) {
     if (!group_.wait_for_item(group_.item_free(items_.slot), items_.parity)) return;
@@ -183,23 +179,23 @@ class Picker {
     group_.put(item, items_.slot);
     sm90::arrive(group_.item_full(items_.slot));
     last_item_ = items_;
-    any_item_ = true;
+    ++num_pushed_;
     items_.advance(num_items);
   }
 
   //! Until the stream has come to the last item: a worker that held more would take work from the others. A
   //! combine has nothing to stream, and has to be done.
   __device__ __forceinline__ bool one_ahead() {
-    if (!any_item_) return !group_.stopped();
+    if (num_pushed_ == 0) return !group_.stopped();
     const u32 slot = last_item_.slot;
-    group_.wait(item_.is(TaskKind::combine) ? group_.item_free(slot) : group_.item_begun(slot),
+    group_.wait(work_.is(TaskKind::combine) ? group_.item_free(slot) : group_.item_begun(slot),
                 last_item_.parity ^ 1);
     return !group_.stopped();
   }
 
   //! Until the last item is done with.
   __device__ __forceinline__ bool drain() {
-    if (any_item_) group_.wait(group_.item_free(last_item_.slot), last_item_.parity ^ 1);
+    if (num_pushed_ > 0) group_.wait(group_.item_free(last_item_.slot), last_item_.parity ^ 1);
     return !group_.stopped();
   }
 
@@ -208,9 +204,9 @@ class Picker {
   bool has_begun_ = false;
   u32 fault_before_ = 0;
   u32 ticket_ns_ = 0;
-  Item item_{};
+  Work work_{};  // of the last item that was not the plan or the end
   Turn items_{1}, last_item_{1};
-  bool any_item_ = false;
+  u32 num_pushed_ = 0;
 };
 
 }  // namespace flashmoe::pipeline

@@ -31,7 +31,9 @@ struct Planner {
   //! Before the first task.
   __device__ __forceinline__ void clear() const {
     u32* mask = group.in_shared<u32>(group.at.mask);
-    for (u32 i = thread; i < num_experts * mask_words(); i += math_threads) mask[i] = 0;
+    const u32 words = num_experts * mask_words();
+    for (u32 base = 0; base < words; base += math_threads)
+      if (base + thread < words) mask[base + thread] = 0;
   }
 
   //! Once the thread has begun: the trip to memory is under way while the picking thread hands on the first
@@ -50,6 +52,32 @@ struct Planner {
     if (expert < num_experts) {
       const u32 token = pair / top_k;
       atomicOr(group.in_shared<u32>(group.at.mask) + expert * mask_words() + token / 32, 1u << token % 32);
+    }
+  }
+
+  //! Words, routing given: asks for the weights of the first up task, by a warp that has nothing to do yet,
+  //! before anybody has made the masks. It goes through its code, which comes from afar, once before the
+  //! launch before has ended, as if there were no tokens.
+  __device__ __forceinline__ void prefetch_given_weights() const {
+    constexpr u32 lane_pairs = ceil_div(max_words_tokens * top_k, 32), tiles = ceil_div(d_ff, words_up_rows);
+#pragma unroll 1
+    for (u32 pairs = 0;; pairs = num_tokens() * top_k) {
+      u32 of_pair[lane_pairs];
+#pragma unroll
+      for (u32 i = 0; i < lane_pairs; ++i) {
+        const u32 pair = i * 32 + lane;
+        of_pair[i] = pair < pairs ? static_cast<u32>(group.params.given_idx[pair]) : none;
+      }
+      const u32 expert = Group::active_expert(group.worker / tiles, [&](u32 base) {
+        u32 active = 0;
+#pragma unroll
+        for (u32 i = 0; i < lane_pairs; ++i)
+          if (of_pair[i] - base < 32 && of_pair[i] < num_experts) active |= 1u << (of_pair[i] - base);
+        return __reduce_or_sync(~0u, active);
+      });
+      if (expert != none && lane == 0) prefetch_up_tile(expert, group.worker % tiles, up_tile_bytes);
+      if (pairs > 0) return;
+      sm90::wait_for_launch_before();
     }
   }
 
@@ -82,7 +110,8 @@ struct Planner {
     hand_over();
     if (warp < adding_warps) {
       add_up(plan, words > 1 ? count : mask, words > 1);
-    } else if (warp == math_warps - 1 && !is_sorted) {
+    } else if (warp == math_warps - 1 && !is_sorted &&
+               (mode != Mode::words || group.params.given_idx == nullptr)) {
       prefetch_weights(words > 1 ? count : mask);
     }
     if constexpr (mode == Mode::words) {  // so few pairs that who has added up makes the lists as well
@@ -162,13 +191,16 @@ struct Planner {
       const u32 bytes = left < up_tile_bytes ? left : up_tile_bytes;
       left -= bytes;
       const u32 row_tile = task % tiles * row_tiles + lane,
-                expert = Group::active_expert(of_expert, task / tiles);
+                expert = Group::active_expert(task / tiles, of_expert);
       if (expert == none) return;
       if (lane >= row_tiles || row_tile >= d_ff / 8) continue;
-      sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
-                              (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
-                          bytes);
+      prefetch_up_tile(expert, row_tile, bytes);
     }
+  }
+  __device__ __forceinline__ void prefetch_up_tile(u32 expert, u32 row_tile, u32 bytes) const {
+    sm90::bulk_prefetch(static_cast<const char*>(group.params.gate_up) +
+                            (u64{expert} * (d_ff / 8) + row_tile) * up_tile_bytes,
+                        bytes);
   }
 
   //! To each value those that the lanes before have.

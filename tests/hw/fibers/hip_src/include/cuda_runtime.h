@@ -108,6 +108,11 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return std::accumulate(all, all + 32, 0u,
                          [](unsigned sum, auto x) { return sum + static_cast<unsigned>(x); });
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  const auto* all = fibers::meet_lanes("__reduce_or_sync", value);
+  return std::accumulate(all, all + 32, 0u,
+                         [](unsigned bits, auto x) { return bits | static_cast<unsigned>(x); });
+}
 
 // --- a work-group
 inline void __syncthreads() { fibers::meet_threads(0, blockDim.x); }
