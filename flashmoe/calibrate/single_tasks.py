@@ -62,13 +62,10 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
     pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
     for kind in _TIMED:
-        # inside a chain it does not show: the end of a task lies beside the next
-        apart = [(layer, simulated) for layer, simulated in pairs if not _has_chains(layer, kind)]
-        errors = [kind_errors(layer.table, simulated, layer.trace).get(kind) for layer, simulated in apart]
-        missing_ns = [1000 * (error.measured_us - error.simulated_us) for error in errors if error is not None]
+        missing_ns = [ns for pair in pairs if (ns := _missing_ns(*pair, kind)) is not None]
         if missing_ns:
-            # Tasks are finished one after the other, beside the next: each waits for those before, and what it takes
-            # itself is no more than the least time from one start to the next.
+            # Tasks are finished one after the other, beside the next: what it takes itself is no more than the least
+            # time from one start to the next.
             least_ns = min((step.step_ns for step in steps.get(kind, [])), default=None)
             parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker", least_ns)
     # where all are in chains: the same warps end both
@@ -121,6 +118,19 @@ def _feed(steps: Sequence[Step], bare: Machine) -> dict[str, Parameter]:
         "feed_bytes_per_ns": Parameter(round(rate, 1), spread * rate, "fitted", told),
         "gap_ps": Parameter(max(0, round(float(fixed) * 1000)), spread * float(fixed) * 1000, "fitted", told),
     }
+
+
+def _missing_ns(layer: MeasuredLayer, simulated: Trace, kind: str) -> float | None:
+    """What tasks of a kind take longer than in a simulation without a fixed part; None where that cannot be told.
+
+    It cannot inside a chain, where the end of a task lies beside the next; nor where tasks take over twice as long as
+    from one start to the next: they wait for others to be finished.
+    """
+    error = kind_errors(layer.table, simulated, layer.trace).get(kind)
+    step = _start_to_start(layer, kind) if kind in _FED else None
+    if error is None or _has_chains(layer, kind) or (step and error.measured_us * 1000 > 2 * step.step_ns):
+        return None
+    return 1000 * (error.measured_us - error.simulated_us)
 
 
 def _start_to_start(layer: MeasuredLayer, kind: str) -> Step | None:

@@ -43,7 +43,7 @@ def test_every_parameter_is_one_of_the_model_with_its_spread_and_source(recorded
 def test_bandwidth_is_right_for_one_cu_and_for_all(recorded):
     parameters = device_parameters(recorded)
     total, cap, knee = (parameters[name].value for name in ("hbm_bytes_per_ns", "cu_bytes_per_ns", "knee"))
-    assert cap == 78.9
+    assert cap == 78.8
     # (c^-p + (B / n)^-p)^(-1/p) for each of 132
     together = 132 * (cap**-knee + (total / 132) ** -knee) ** (-1 / knee)
     assert together == pytest.approx(raw("read_bandwidth", "total", slots=SLOTS, sms=132)["median"], rel=1e-3)

@@ -109,3 +109,17 @@ def test_what_is_finished_beside_the_next_task_takes_no_longer_than_the_next_tas
     # of the smallest tile: gap, 64 KiB through the products, a token's row in and 8 results out
     least_ps = 100_000 + 1_000 * (65_536 / 60.0 + 2 * (2048 + 8) / BARE.cache_bytes_per_ns)
     assert single_task_parameters(layers, BARE)["up_overhead_ps"].value == pytest.approx(least_ps, rel=0.02)
+
+
+def test_a_task_that_waits_for_others_to_be_finished_does_not_count():
+    truth = replace(BARE, **TRUTH)
+    layers = []
+    for tokens in (1, 4, 16, 64):
+        layer = launched(tokens, truth)
+        records = layer.trace.records.copy()
+        late_ps = 3_000_000 if tokens <= 4 else 0  # from one start to the next they take 1.4 us
+        records["end_ps"][layer.trace.kind_names == "up"] += late_ps
+        layers.append(replace(layer, trace=replace(layer.trace, records=records)))
+    overhead = single_task_parameters(layers, BARE)["up_overhead_ps"]
+    assert overhead.value == pytest.approx(TRUTH["up_overhead_ps"], rel=0.4)
+    assert "over 2 launches" in overhead.source
