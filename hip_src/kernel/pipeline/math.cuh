@@ -38,6 +38,7 @@ class Mathematician {
   //! What comes before the plan, and the plan. False: there is nothing more to do.
   __device__ __forceinline__ bool make_plan() {
     const bool is_given = begin_given();
+    u32 end_ns = now();  // of what was given: its end is not when its item comes
     Work work;
     for (;; ++num_tasks_) {
       if (!next_item(work)) return false;
@@ -50,9 +51,11 @@ class Mathematician {
               Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none});
         } else {
           route(work, item);
+          if constexpr (traced) meet_math_warps();  // a gate ends with one
         }
+        end_ns = now();
       }
-      note(item);
+      note(item, end_ns);
       done_with_item();
     }
     planner_.build(graph_.plan, group_.params.order, router_);
@@ -412,14 +415,15 @@ class Mathematician {
       if (threadIdx.x == 0) group_.keep_record(item, item.id, num_tasks_);
     }
   }
-  __device__ __forceinline__ void note(const Item& item) {
+  __device__ __forceinline__ void note(const Item& item, u32 end_ns) {
     if constexpr (traced) {
-      if (!item.work().is(TaskKind::gate)) meet_math_warps();  // a gate ends with one
       keep_noted();
       noted_ = item;
-      noted_end_ns_ = sm90::timer_ns();
+      noted_end_ns_ = end_ns;
     }
   }
+  //! With the trace on.
+  __device__ __forceinline__ static u32 now() { return traced ? sm90::timer_ns() : 0; }
   //! The last one.
   __device__ __forceinline__ void keep_noted() const {
     if (traced && threadIdx.x == 0 && noted_end_ns_ != 0)
