@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import simpy
 
 if TYPE_CHECKING:
-    from flashmoe.sim.simpy_engine import Worker
+    from flashmoe.sim.simpy_worker import Worker
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from flashmoe.policy import QUEUES
 from flashmoe.sim.servers import Counter
 
 if TYPE_CHECKING:
-    from flashmoe.sim.simpy_engine import Stage, Worker
+    from flashmoe.sim.simpy_engine import Stage
+    from flashmoe.sim.simpy_worker import Worker
 
 # The worker's own domain has no more picks. In another one what it holds may be waited for by those who hold what it
 # waits for: it has to be done with that first.

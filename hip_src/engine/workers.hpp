@@ -1,5 +1,5 @@
 // What workers do, from the launch of the first layer to the end of the last one: Worker in
-// flashmoe/sim/simpy_engine.py, with a step where the generator yields.
+// flashmoe/sim/simpy_worker.py, with a step where the generator yields.
 #pragma once
 #include <algorithm>
 #include <vector>
