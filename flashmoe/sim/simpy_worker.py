@@ -199,8 +199,8 @@ class Worker:
     def _may_take(self) -> bool:
         if not self.held:
             return True
-        if self.layer.in_order:
-            return len(self.held) == 1 and not self.is_away
+        if self.layer.in_order:  # and of a chain the stream must have come to the last task, which takes inputs
+            return len(self.held) == 1 and not self.is_away and self.layer.chain[self.held[0].row] <= 1
         kind = self.layer.kind[self.held[0].row]
         # a down that cannot be decoded yet waits for the plan, and so for other PEs
         waits_for_own_pe = kind in OWN_PE_KINDS and (kind not in PLANNED_KINDS or self.sees(self.stage.planned))

@@ -95,8 +95,9 @@ class HeldPicks {
 
   bool may_take(const Worker& w) const {
     if (w.num_held == 0) return true;
-    if (in_order_) return w.num_held == 1 && !w.is_away;
     const Layer& l = *w.layer;
+    // and of a chain the stream must have come to the last task, which takes inputs
+    if (in_order_) return w.num_held == 1 && !w.is_away && l.graph.chain_of(of(w, w.held[0]).row) <= 1;
     const u32 kind = l.graph.of(of(w, w.held[0]).row).kind;
     // a down that cannot be decoded yet waits for the plan, and so for other PEs
     const bool waits_here = waits_for_own_pe(static_cast<TaskKind>(kind)) &&

@@ -281,6 +281,19 @@ def test_in_order_a_worker_takes_one_more_pick_and_keeps_it_for_later(run, in_or
     assert records["start_ps"].tolist() == starts_ps
 
 
+def test_in_order_a_worker_that_waits_with_a_chain_takes_nothing_more(run):
+    table = HandTable()
+    ready = table.event("upped")
+    table.task("up", flops=5, signals=(ready,))
+    table.task("down", flops=1, waits=(ready,), chain=2)
+    table.task("down", flops=1, chain=0)
+    table.task("up", flops=1)
+    machine = plain_machine(in_order=True, prefetch=False)
+    records = run(table, machine, workers=2, queue="ticket")
+    assert records["worker"].tolist() == [0, 1, 1, 0]
+    assert records["start_ps"].tolist() == [0, 5_000, 6_000, 5_000]
+
+
 @pytest.mark.parametrize(("in_order", "worker", "start_ps"), [(False, 1, 0), (True, 0, 5_000)])
 def test_in_order_a_worker_that_waits_takes_nothing_from_another_domain(run, in_order, worker, start_ps):
     table = waiting()  # ranks 0 and 2 are of domain 0, rank 1 of domain 1
