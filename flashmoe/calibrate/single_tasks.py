@@ -57,16 +57,18 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
     tokens = np.array([layer.trace.header["num_tokens"][0] for layer in layers], np.float64)
     if len(set(tokens.tolist())) < 2:
         raise ValueError(f"launches of {sorted(set(tokens.tolist()))} tokens (must be two numbers at least)")
-    steps = {kind: [step for layer in layers if (step := _start_to_start(layer, kind)) is not None] for kind in _FED}
-    parameters = _feed([step for of_kind in steps.values() for step in of_kind], bare)
+    steps = {kind: [_start_to_start(layer, kind) for layer in layers] for kind in _FED}
+    parameters = _feed([step for of_kind in steps.values() for step in of_kind if step is not None], bare)
     fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
     pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
     for kind in _TIMED:
-        missing_ns = [ns for pair in pairs if (ns := _missing_ns(*pair, kind)) is not None]
+        of_kind = steps.get(kind, [None] * len(layers))
+        found = [_missing_ns(*pair, kind, step) for pair, step in zip(pairs, of_kind, strict=True)]
+        missing_ns = [missing for missing in found if missing is not None]
         if missing_ns:
             # Tasks are finished one after the other, beside the next: what it takes itself is no more than the least
             # time from one start to the next.
-            least_ns = min((step.step_ns for step in steps.get(kind, [])), default=None)
+            least_ns = min((step.step_ns for step in of_kind if step is not None), default=None)
             parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker", least_ns)
     # where all are in chains: the same warps end both
     parameters.setdefault("down_overhead_ps", parameters["up_overhead_ps"])
@@ -120,14 +122,13 @@ def _feed(steps: Sequence[Step], bare: Machine) -> dict[str, Parameter]:
     }
 
 
-def _missing_ns(layer: MeasuredLayer, simulated: Trace, kind: str) -> float | None:
+def _missing_ns(layer: MeasuredLayer, simulated: Trace, kind: str, step: Step | None) -> float | None:
     """What tasks of a kind take longer than in a simulation without a fixed part; None where that cannot be told.
 
     It cannot inside a chain, where the end of a task lies beside the next; nor where tasks take over twice as long as
     from one start to the next: they wait for others to be finished.
     """
     error = kind_errors(layer.table, simulated, layer.trace).get(kind)
-    step = _start_to_start(layer, kind) if kind in _FED else None
     if error is None or _has_chains(layer, kind) or (step and error.measured_us * 1000 > 2 * step.step_ns):
         return None
     return 1000 * (error.measured_us - error.simulated_us)

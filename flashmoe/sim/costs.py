@@ -63,7 +63,9 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
     slow = 1.0 / speeds  # how much longer than usual a task takes
     stall_ps: Any = 0
     bytes_factor: Any = 1.0
-    bits = jitter.task_bits(parameters.seed, layer, tasks["pe"], tasks["task_id"])
+    bits: Any = None
+    if parameters.jitters or machine.cache_bytes > 0:
+        bits = jitter.task_bits(parameters.seed, layer, tasks["pe"], tasks["task_id"])
     if parameters.jitters:
         luck = jitter.factors(bits, parameters.quantiles) - 1.0
         bytes_factor = 1.0 + luck * _evened_out(tasks["weight_bytes"].astype(np.float64), machine.jitter_bytes)

@@ -170,7 +170,7 @@ struct Group {
   __device__ __forceinline__ u32 gathered() const { return barrier(2 * most_ring_slots + 4 * num_items + 4); }
   __device__ __forceinline__ u32 planned() const { return barrier(2 * most_ring_slots + 4 * num_items + 5); }
   template <Mode mode>
-  __device__ __forceinline__ void init_barriers() const {
+  __device__ void init_barriers() const {
     using R = Roles<mode>;
     for (u32 i = 0; i < ring_slots(mode); ++i) {
       sm90::barrier_init(slot_full(i), 1 + 32);  // the streaming thread and the lanes of a loading warp

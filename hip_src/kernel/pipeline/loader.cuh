@@ -184,6 +184,7 @@ class Loader {
 
   //! Always the same warp's: when it comes to the slot again, the last use of it is over.
   __device__ __forceinline__ bool is_mine() const {
+    // a slot is below the ring's size, which the compiler does not see
     if constexpr (ring_slots(mode) == R::load_warps) return slots_.slot == warp_;
     return slots_.slot % R::load_warps == warp_;
   }

@@ -83,8 +83,8 @@ struct Planner {
 
   //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
   //! Complete when the warps that add up are done.
-  template <class Router>
-  __device__ void build(Plan& plan, Order order, const Router& router) const {
+  template <u32 gate_groups>
+  __device__ void build(Plan& plan, Order order, const Router<mode, gate_groups>& router) const {
     const u32* mask = group.in_shared<u32>(group.at.mask);
     u32* count = group.in_shared<u32>(group.at.key);
     u16* before = group.in_shared<u16>(group.at.before);  // tokens of an expert before each word of its mask
@@ -130,8 +130,8 @@ struct Planner {
 
  private:
   //! Experts and weights of all tokens, into shared memory. A dropped slot is `not_routed`.
-  template <class Router>
-  __device__ void gather_routing(const Router& router) const {
+  template <u32 gate_groups>
+  __device__ void gather_routing(const Router<mode, gate_groups>& router) const {
     const u32 pairs = num_tokens() * top_k;
     const Params& params = group.params;
     if (mode == Mode::words && params.given_idx != nullptr) {
