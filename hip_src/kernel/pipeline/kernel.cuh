@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
     } else {
       sm90::prefetch(params.up_tiles);
       sm90::prefetch(params.down_tiles);
+      Planner<mode>(group, graph.tiling).prefetch_likely_weights();
     }
     Streamer<mode>(group, graph).run();
   } else if (warp < R::signal) {

@@ -81,6 +81,14 @@ struct Planner {
     }
   }
 
+  //! Tiles and rows: asks for the weights of the first up tasks before anybody knows them, as if all experts
+  //! had tokens. Most have where tokens are many, and nothing else is asked of the memory until the first
+  //! tasks are known; twice as much delays those.
+  __device__ __forceinline__ void prefetch_likely_weights() const {
+    if (num_tokens() * top_k < num_experts || !is_by_id(group.params.order)) return;
+    prefetch_first_up_tasks(4 * weight_bytes, [](u32 place) { return place < num_experts ? place : none; });
+  }
+
   //! Counts, prefix sums, lists and the policy's sequence, as build_plan and build_sequence make them.
   //! Complete when the warps that add up are done.
   template <u32 gate_groups>
@@ -183,15 +191,19 @@ struct Planner {
   //! Asks for the weights of the first up tasks, whoever will have them, while the plan is still being made:
   //! the memory has a start on the work-groups, which are faster.
   __device__ __forceinline__ void prefetch_weights(const u32* of_expert) const {
-    const u32 tiles = ceil_div(d_ff, tiling.up_rows), row_tiles = tiling.up_rows / 8;
     // where the layer is short, more would only delay what is needed first
-    constexpr u32 work_group_bytes = mode == Mode::words ? up_tile_bytes : 8 * weight_bytes;
+    prefetch_first_up_tasks(mode == Mode::words ? up_tile_bytes : 8 * weight_bytes,
+                            [&](u32 place) { return Group::active_expert(place, of_expert); });
+  }
+  //! expert_of(place among those with tokens): an expert, or none. By a whole warp.
+  template <class ExpertOf>
+  __device__ __forceinline__ void prefetch_first_up_tasks(u32 work_group_bytes, ExpertOf expert_of) const {
+    const u32 tiles = ceil_div(d_ff, tiling.up_rows), row_tiles = tiling.up_rows / 8;
     u32 left = work_group_bytes / row_tiles;  // of each row tile
     for (u32 task = group.worker; left > 0; task += group.params.num_workers) {
       const u32 bytes = left < up_tile_bytes ? left : up_tile_bytes;
       left -= bytes;
-      const u32 row_tile = task % tiles * row_tiles + lane,
-                expert = Group::active_expert(task / tiles, of_expert);
+      const u32 row_tile = task % tiles * row_tiles + lane, expert = expert_of(task / tiles);
       if (expert == none) return;
       if (lane >= row_tiles || row_tile >= d_ff / 8) continue;
       prefetch_up_tile(expert, row_tile, bytes);
