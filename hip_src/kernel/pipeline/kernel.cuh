@@ -61,9 +61,8 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
       for (u32 i = group.worker * 32 + threadIdx.x % 32; i < lines; i += params.num_workers * 32)
         sm90::prefetch(static_cast<const char*>(params.gate) + u64{i} * 128);
     }
-    if constexpr (mode == Mode::words) {
-      group.ask_for_inputs();
-    } else {
+    group.ask_for_inputs();
+    if constexpr (mode != Mode::words) {
       sm90::prefetch(params.up_tiles);
       sm90::prefetch(params.down_tiles);
       Planner<mode>(group, graph.tiling).prefetch_likely_weights();
