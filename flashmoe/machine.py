@@ -22,8 +22,11 @@ _UNITS: dict[str, dict[str, float]] = {
     "flag": {"flag": 1},
 }
 _LONGEST_PS = 10**12  # a second: far beyond any of these times, and sums of them stay in 64 bits
+_LARGEST_TASK = 65535  # sizes of tasks that a time may be given for
 _ORIGINS = ("measured", "datasheet", "estimate", "fitted")
 _NAMES = ("name", "base", "description")  # keys of a file that are not parameters
+
+Times = tuple[tuple[int, int], ...]  # (size of a task, time [ps]), sizes ascending
 
 
 class Origin(NamedTuple):
@@ -34,16 +37,20 @@ class Origin(NamedTuple):
     source: str
 
 
-def _parameter(unit: str, what: str, *, least: float | None = None, most: float = math.inf, **options: Any) -> Any:
+def _parameter(
+    unit: str, what: str, *, least: float | None = None, most: float = math.inf, by_size: bool = False, **options: Any
+) -> Any:
     """A field of Machine. least: by default 0 for a time, 1 for a count, and any positive number for the others.
 
-    A time is a second at most.
+    A time is a second at most. by_size: it may be one, or one for each of several sizes of a task.
     """
     if unit == "ps":
         least, most = 0, _LONGEST_PS
     elif least is None and unit == "count":
         least = 1
-    return field(metadata={"unit": unit, "what": what, "least": least, "most": most}, **options)
+    if by_size:
+        what += ": one, or [[size, time], ...], in proportion between"
+    return field(metadata={"unit": unit, "what": what, "least": least, "most": most, "by_size": by_size}, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +123,8 @@ class Machine:
     )
     word_tokens: int = _parameter(
         "count",
-        "a PE with at most so many tokens sends results as words that are their own signal: no releases, and every "
-        "worker routes for itself; 0: never",
+        "a PE with at most so many tokens sends results as words that are their own signal: no releases, hidden rows "
+        "of twice the bytes, and every worker routes for itself; 0: never",
         least=0,
         default=0,
     )
@@ -139,7 +146,16 @@ class Machine:
     cu_flops_per_ns: float = _parameter("flop/ns", "achieved matrix rate of one CU")
     matrix_tokens: int = _parameter("count", "tokens of a matrix instruction: a task's are padded to it", default=1)
     matrix_rows: int = _parameter("count", "weight rows of a matrix instruction: a task's are padded to it", default=1)
-    cache_bytes_per_ns: float = _parameter("bytes/ns", "activations through the cache, one CU")
+    cache_bytes_per_ns: float = _parameter(
+        "bytes/ns", "activations through the cache, one CU, beside the streams of experts' weights"
+    )
+    cache_idle_bytes_per_ns: float = _parameter(
+        "bytes/ns",
+        "the same of gate, route, dispatch and combine tasks, which come before and after those streams; "
+        "0: as beside them",
+        least=0,
+        default=0.0,
+    )
     cache_bytes: int = _parameter(
         "count",
         "weights leave the cache after so many bytes of others read from memory, on average; 0: always from memory",
@@ -153,13 +169,13 @@ class Machine:
         default=0.0,
     )
     # fixed parts
-    gate_overhead_ps: int = _parameter("ps", "fixed part of a gate task")
-    route_overhead_ps: int = _parameter("ps", "fixed part of a route task")
-    dispatch_overhead_ps: int = _parameter("ps", "fixed part of a dispatch task")
-    up_overhead_ps: int = _parameter("ps", "fixed part of an up task")
-    down_overhead_ps: int = _parameter("ps", "fixed part of a down task")
-    combine_overhead_ps: int = _parameter("ps", "fixed part of a combine task")
-    expert_overhead_ps: int = _parameter("ps", "fixed part of an expert task")
+    gate_overhead_ps: int | Times = _parameter("ps", "fixed part of a gate task, by tokens x experts", by_size=True)
+    route_overhead_ps: int | Times = _parameter("ps", "fixed part of a route task, by tokens", by_size=True)
+    dispatch_overhead_ps: int | Times = _parameter("ps", "fixed part of a dispatch task, by tokens", by_size=True)
+    up_overhead_ps: int | Times = _parameter("ps", "fixed part of an up task, by rows of weights", by_size=True)
+    down_overhead_ps: int | Times = _parameter("ps", "fixed part of a down task, by rows of weights", by_size=True)
+    combine_overhead_ps: int | Times = _parameter("ps", "fixed part of a combine task, by tokens", by_size=True)
+    expert_overhead_ps: int | Times = _parameter("ps", "fixed part of an expert task, by rows of weights", by_size=True)
     gap_ps: int = _parameter("ps", "a worker's bookkeeping between two tasks", default=0)
     # what differs from task to task and from PE to PE
     jitter: float = _parameter(
@@ -184,7 +200,10 @@ class Machine:
 
     def __post_init__(self) -> None:
         for key in parameter_units():
-            _check(key, getattr(self, key))
+            value = getattr(self, key)
+            if isinstance(value, list) and all(isinstance(pair, list | tuple) for pair in value):  # as JSON has it
+                object.__setattr__(self, key, value := tuple(tuple(pair) for pair in value))
+            _check(key, value)
         if 0 < self.knee < 1:
             raise ValueError(f"knee={self.knee} (must be 0, or at least 1)")
         if self.signal_near_ps > self.signal_ps:
@@ -227,13 +246,13 @@ class Machine:
             raise ValueError(f"machine file {str(path)!r} is not UTF-8: {error}") from error
         return _from_toml(text, path.stem)
 
-    def overhead_ps(self, kind: str) -> int:
-        """Fixed part of a task of this kind [ps]."""
+    def overheads(self, kind: str) -> Times:
+        """Fixed part of a task of this kind: sizes of tasks, ascending, and the time of each [ps]."""
         value = getattr(self, f"{kind}_overhead_ps", None)
-        if not isinstance(value, int):
+        if value is None:
             kinds = [key.removesuffix("_overhead_ps") for key in parameter_units() if key.endswith("_overhead_ps")]
             raise ValueError(f"unknown task kind {kind!r} (kinds: {', '.join(kinds)})")
-        return value
+        return value if isinstance(value, tuple) else ((1, value),)
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, ready for JSON; without the origins."""
@@ -281,8 +300,19 @@ def _check(key: str, value: Any, written: str = "") -> None:
         limits = "positive" if least is None else f"at least {least}"
         limits += f" and at most {most}" if most < math.inf else ""
         accepted = f"a {'whole' if whole else 'finite'} number, {limits} [{unit}]"
-        good = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
-        good = good and (value > 0 if least is None else least <= value <= most)
+
+        def fits(number: Any) -> bool:
+            good = type(number) is int or (type(number) is float and not whole and math.isfinite(number))
+            return good and bool(number > 0 if least is None else least <= number <= most)
+
+        if about["by_size"] and isinstance(value, tuple):
+            accepted = f"[[size, time], ...], sizes ascending in 1..{_LARGEST_TASK}, each time {accepted}"
+            sizes = [0, *(pair[0] for pair in value if len(pair) == 2)]
+            good = len(sizes) == len(value) + 1 > 1 and all(type(size) is int for size in sizes)
+            good = good and sizes == sorted(set(sizes)) and sizes[-1] <= _LARGEST_TASK
+            good = good and all(fits(time) for _, time in value)
+        else:
+            good = fits(value)
     if not good:
         raise ValueError(f"{key}={written or repr(value)} (must be {accepted})")
 
@@ -336,11 +366,15 @@ def _to_toml(machine: Machine) -> str:
             if value == defaults[key]:
                 continue
             raise ValueError(f"{key}={value} has no origin (a machine file says of each parameter where it is from)")
-        scaled, written = (value / 1000, "ns") if unit == "ps" else (value, unit)
+        scaled, written = (value, unit) if unit != "ps" else (_in_ns(value), "ns")
         _, origin, source = machine.origins[key]
         texts = f'unit = "{written}", origin = "{origin}", source = {json.dumps(source, ensure_ascii=False)}'
         lines.append(f"{key} = {{ value = {json.dumps(scaled)}, {texts} }}")
     return "\n".join(lines) + "\n"
+
+
+def _in_ns(value: int | Times) -> Any:
+    return [[size, time / 1000] for size, time in value] if isinstance(value, tuple) else value / 1000
 
 
 def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
@@ -352,11 +386,22 @@ def _read_entry(key: str, entry: Any, unit: str) -> tuple[Any, Origin]:
     if entry["origin"] not in _ORIGINS:
         raise ValueError(f"{key} has origin {entry['origin']!r} (accepted: {', '.join(_ORIGINS)})")
     value, scale = entry["value"], _UNITS[unit][entry["unit"]]
-    if scale == 1 or type(value) not in (int, float):
-        _check(key, value)
+    written = "" if scale == 1 or type(value) not in (int, float) else f"{value!r} {entry['unit']}"
+    if isinstance(value, list) and Machine.__dataclass_fields__[key].metadata["by_size"]:
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            raise ValueError(f"{key} = {value!r} (must be a number, or [[size, time], ...])")
+        value = tuple((size, _scaled(time, scale, unit)) for size, time in value)
     else:
-        written, value = f"{value!r} {entry['unit']}", value * scale
-        if unit == "ps" and abs(value) < math.inf:  # neither infinite nor NaN, which do not round
-            value = round(value)
-        _check(key, value, written)
+        value = _scaled(value, scale, unit)
+    _check(key, value, written)
     return value, Origin(unit, entry["origin"], str(entry["source"]))
+
+
+def _scaled(value: Any, scale: float, unit: str) -> Any:
+    """A value of a file in the unit of Machine; what is no number stays as it is."""
+    if scale == 1 or type(value) not in (int, float):
+        return value
+    value *= scale
+    if unit == "ps" and abs(value) < math.inf:  # neither infinite nor NaN, which do not round
+        value = round(value)
+    return value

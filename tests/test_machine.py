@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from flashmoe.sim.effects import without
 from flashmoe.sim.parameters import resolve
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION = ROOT / "results" / "2026-11-26-h200-validation" / "calibration"
+CALIBRATION = ROOT / "results" / "2026-11-27-h200-validation" / "calibration"
 PRESETS = ("b200", "h100", "h200", "mi300x", "mi325x", "mi355x")
 
 
@@ -111,9 +112,41 @@ def test_a_ticket_alone_costs_its_published_latency():
 
 
 def test_overhead_by_kind():
-    assert Machine.preset("mi300x").overhead_ps("route") == 1_500_000
+    assert Machine.preset("mi300x").overheads("route") == ((1, 1_500_000),)
     with pytest.raises(ValueError, match=r"'idle'.*kinds: gate, route, dispatch, up, down, combine, expert"):
-        Machine.preset("mi300x").overhead_ps("idle")
+        Machine.preset("mi300x").overheads("idle")
+
+
+def test_overhead_by_size_comes_back_from_its_file(tmp_path):
+    times = ((1, 500), (8, 1_000), (64, 0))
+    mine = replace(Machine.preset("mi300x"), gate_overhead_ps=times)
+    mine.save(tmp_path / "mine.toml")
+    assert "gate_overhead_ps = { value = [[1, 0.5], [8, 1.0], [64, 0.0]]," in (tmp_path / "mine.toml").read_text()
+    loaded = Machine.load(tmp_path / "mine.toml")
+    assert loaded == mine
+    assert loaded.overheads("gate") == times
+    assert hash(loaded) == hash(mine)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        (),
+        ((0, 5),),
+        ((8, 5), (1, 5)),
+        ((1, 5), (1, 6)),
+        ((1, -5),),
+        ((1, 0.5),),
+        ((65536, 5),),
+        ((1.5, 5),),
+        ((1,),),
+        ((1, 2, 3),),
+    ],
+)
+def test_overheads_by_size_ascend_and_are_times(times):
+    wanted = r"must be \[\[size, time\], ...\], sizes ascending in 1..65535, each time a whole number"
+    with pytest.raises(ValueError, match=f"up_overhead_ps=.*{wanted}"):
+        replace(Machine.preset("mi300x"), up_overhead_ps=times)
 
 
 def write(tmp_path, text):
@@ -177,6 +210,14 @@ def launch(value):
         (launch("1.5e30"), r"launch_ps=1.5e\+30 us .*at most 1000000000000"),
         (launch("1.5e308"), r"launch_ps=1.5e\+308 us .*at most 1000000000000"),
         (launch("1000001"), r"launch_ps=1000001 us .*at most 1000000000000"),
+        (
+            'base = "mi300x"\nup_overhead_ps = { value = [1, 2], unit = "ns", origin = "estimate", source = "x" }',
+            r"up_overhead_ps = \[1, 2\] \(must be a number, or \[\[size, time\], ...\]\)",
+        ),
+        (
+            'base = "mi300x"\nput_ps = { value = [[1, 2]], unit = "ns", origin = "estimate", source = "x" }',
+            r"put_ps=\[\[1, 2\]\] \(must be a whole number",
+        ),
         (launch("'long'"), r"launch_ps='long' .*at most 1000000000000"),
         (launch("true"), r"launch_ps=True .*at most 1000000000000"),
         ("= 3", "'mine' is not TOML"),

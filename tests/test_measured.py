@@ -8,7 +8,7 @@ import pytest
 import flashmoe as fm
 from flashmoe.measured import MeasuredLayer
 
-TRACES = sorted((Path(__file__).parents[1] / "results" / "2026-11-26-h200-validation" / "traces").glob("*.npz"))
+TRACES = sorted((Path(__file__).parents[1] / "results" / "2026-11-27-h200-validation" / "traces").glob("*.npz"))
 MODEL = fm.MoEModel(d_model=64, d_ff=48, num_experts=8, top_k=2)
 
 

@@ -16,7 +16,7 @@ from flashmoe.measured import MeasuredLayer
 from flashmoe.trace import KINDS
 from flashmoe.validate import Cell, Validation, kendall_tau, kind_errors, load_cells, save_cells, simulate_as, validate
 
-RESULTS = Path(__file__).parents[1] / "results" / "2026-11-26-h200-validation"
+RESULTS = Path(__file__).parents[1] / "results" / "2026-11-27-h200-validation"
 MODEL = fm.MoEModel(d_model=256, d_ff=128, num_experts=16, top_k=2)
 
 

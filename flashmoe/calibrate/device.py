@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,14 @@ from flashmoe.calibrate.measurements import Measured, Measurements
 SLOTS = 3
 
 _ALL, _TASK_BYTES = "all SMs stream", 65536
+_READ = {"bytes": _TASK_BYTES, "by": "loads of 256 threads", "region": "shared by all"}
 _EXPONENTS = np.geomspace(1.0, 40.0, 2000)  # of the knee; beyond 40 it is a corner
 
 
 class Parameter(NamedTuple):
     """A parameter's value in the unit of Machine, how far single measurements lie from it, where it comes from."""
 
-    value: float | int
+    value: Any  # a number; of a fixed part, times by size
     spread: float
     origin: str  # measured | fitted
     source: str
@@ -48,12 +49,12 @@ def device_parameters(measured: Measurements) -> dict[str, Parameter]:
         "measured",
         f"launch: the last block starts {ramp} after the first",
     )
-    read = measured.one(
-        "l2_read", "rate_of_an_sm", bytes=_TASK_BYTES, by="loads of 256 threads", region="shared by all", streams=_ALL
-    )
-    parameters["cache_bytes_per_ns"] = _rate(
-        read, "l2_read: 64 KiB that lie in L2, read by 256 threads beside the streams"
-    )
+    for key, streams, beside in (
+        ("cache_bytes_per_ns", _ALL, "beside the streams"),
+        ("cache_idle_bytes_per_ns", "idle", "with no streams"),
+    ):
+        one = measured.one("l2_read", "rate_of_an_sm", **_READ, sms=last_cu + 1, streams=streams)
+        parameters[key] = _rate(one, f"l2_read: 64 KiB that lie in L2, read by 256 threads of each SM {beside}")
     parameters["cache_bytes"] = _cache_bytes(measured)
     product = measured.one(
         "mma_m16n8k16_bf16",
@@ -67,9 +68,14 @@ def device_parameters(measured: Measurements) -> dict[str, Parameter]:
     parameters["cu_flops_per_ns"] = _rate(
         product, "mma_m16n8k16_bf16: 8 warps, 16 tokens, weights from shared memory, all SMs"
     )
-    jitter = measured.one("task_jitter", "log_std", mode="pipelined", task_bytes=_TASK_BYTES)
+    # What counts is how far workers come apart by luck, over many tasks: a little less than if each had its own. What
+    # one SM always has more or less than another, 0.6 % on one card and 3 % on another, is no luck.
+    jitter = measured.one("task_jitter", "log_std_of_32_tasks_within_an_sm", mode="pipelined", task_bytes=_TASK_BYTES)
     parameters["jitter"] = Parameter(
-        jitter.median, jitter.spread, "measured", f"task_jitter: log of the time of a 64 KiB task, {jitter}"
+        round(jitter.median * 32**0.5, 4),
+        jitter.spread * 32**0.5,
+        "measured",
+        f"task_jitter: log of the time of 32 tasks of 64 KiB in a row, {jitter}; times sqrt(32)",
     )
     return parameters
 
@@ -147,7 +153,7 @@ def mean_lag(total_by_lag: dict[int, float], memory: float) -> float:
 
 def _full_load(memory: dict[str, Parameter], num_cus: int) -> float:
     """Share of the fitted total that the streams of all CUs have: what the model takes for the load then."""
-    cap, total, knee = (memory[name].value for name in ("cu_bytes_per_ns", "hbm_bytes_per_ns", "knee"))
+    cap, total, knee = (float(memory[name].value) for name in ("cu_bytes_per_ns", "hbm_bytes_per_ns", "knee"))
     if knee == 0:
         return min(1.0, cap * num_cus / total)
     return float(soft_knee(np.array([num_cus], np.float64), cap, total, knee)[0] / total)

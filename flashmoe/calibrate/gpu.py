@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ ROUTINGS = {1: "uniform", 4: "uniform", 8: "uniform", 16: "uniform", 64: "unifor
 # Again, with a policy for which experts have to be sorted.
 SORTED_TOKENS = (1, 8, 64)
 
+# With all workers, for what a layer opens with: every tiling that is tuned for so many tokens, and all of few.
+OPENING_TOKENS, OPENING_ROUTINGS = (1, 2, 4, 8, 16, 32, 64, 128, 256), ("uniform", "hot:16")
+
 _LIMIT_S = 100.0
 
 Tell = Callable[[str], None]
@@ -55,7 +59,7 @@ def measure_device(folder: str | Path, *, tell: Tell | None = None) -> Measureme
 
 
 def measure_single_tasks(model: MoEModel, *, repeats: int = 3, seed: int = 0) -> list[MeasuredLayer]:
-    """Launch layers with one worker. Raises: as `DeviceLayer`."""
+    """Launch layers with one worker, and openings with all. Raises: as `DeviceLayer`."""
     launches = []
     for tokens, routing in ROUTINGS.items():
         policy = resolve("static_phase", tuned(tokens).tiling)
@@ -63,6 +67,9 @@ def measure_single_tasks(model: MoEModel, *, repeats: int = 3, seed: int = 0) ->
     for tokens in SORTED_TOKENS:
         policy = resolve("expert_lpt", tuned(tokens).tiling)
         launches.append(Launch(policy, Routing.parse(ROUTINGS[tokens], model, tokens, 1, seed), workers=1))
+    for tokens, routing in itertools.product(OPENING_TOKENS, OPENING_ROUTINGS):
+        policy = resolve("static_phase", tuned(tokens).tiling)
+        launches.append(Launch(policy, Routing.parse(routing, model, tokens, 1, seed + 1)))
     return measure_layers(model, launches, repeats=repeats, seed=seed)
 
 
@@ -112,12 +119,18 @@ def calibrate_gpu(
             tell("launches of single tasks")
         layers = measure_single_tasks(model)
         for layer in layers if folder is not None else ():
-            suffix = "-sorted" if layer.policy.sorts_experts(1) else ""
-            layer.save(kept / f"single-tasks-{layer.trace.header['num_tokens'][0]:03d}{suffix}.npz")
+            layer.save(kept / _file_name(layer))
         return gpu_machine(name, base, measured, layers)
+
+
+def _file_name(layer: MeasuredLayer) -> str:
+    tokens = f"{layer.trace.header['num_tokens'][0]:03d}"
+    if layer.trace.num_workers > 1:
+        return f"opening-{tokens}-{layer.routing.name.replace(':', '-')}.npz"
+    return f"single-tasks-{tokens}{'-sorted' if layer.policy.sorts_experts(1) else ''}.npz"
 
 
 def load_measured(folder: str | Path) -> tuple[Measurements, list[MeasuredLayer]]:
     """What `calibrate_gpu` has kept. Raises: ValueError naming the file that is not there or is something else."""
-    layers = [MeasuredLayer.load(path) for path in sorted(Path(folder).glob("single-tasks-*.npz"))]
+    layers = [MeasuredLayer.load(path) for path in sorted(Path(folder).glob("*.npz"))]
     return Measurements.load(Path(folder) / "calibrate.json"), layers

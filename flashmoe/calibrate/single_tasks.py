@@ -1,7 +1,8 @@
-"""From launches with one worker, which runs one task at a time, to what a kernel's tasks cost beyond the device.
+"""From launches of layers to what a kernel's tasks cost beyond the device.
 
-Each launch is simulated with these costs left out, on a machine that is idle as the card is then. What tasks take
-longer on the card is their fixed part. docs/model.md has the formulas.
+With one worker, which runs one task at a time; and with all of them, of which only the first task is looked at. Each
+launch is simulated with these costs left out. What tasks take longer on the card is their fixed part. docs/model.md has
+the formulas.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from flashmoe.calibrate.device import Parameter
 from flashmoe.calibrate.measurements import Measurements
 from flashmoe.machine import Machine, parameter_units
 from flashmoe.measured import MeasuredLayer
-from flashmoe.sim.costs import num_active_experts
+from flashmoe.sim.costs import moved_bytes, num_active_experts, task_sizes
 from flashmoe.trace import KINDS, Trace
 from flashmoe.validate import kind_errors, simulate_as
 
-# Kinds that have a fixed part, and those of them whose weights go through the ring.
-_TIMED, _FED = ("gate", "route", "up", "down", "combine"), ("up", "down")
+# Kinds whose weights go through the ring; those that a layer opens with.
+_FED, _OPENING = ("up", "down"), ("gate", "route")
 
 
 class Step(NamedTuple):
@@ -43,26 +44,27 @@ def bare_machine(machine: Machine, measured: Measurements) -> Machine:
     return replace(machine, **unknown, jitter=0.0, ticket_ps=idle_ps, ticket_far_ps=idle_ps)
 
 
-def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
+def single_task_parameters(launches: Sequence[MeasuredLayer], bare: Machine) -> dict[str, Parameter]:
     """The kernel's rate, fixed parts by kind, prologue and lists. bare: see `bare_machine`.
 
-    Layers whose policy has experts sorted tell what that takes, and nothing else.
-    Raises: ValueError unless each layer was launched with one worker, and there are two numbers of tokens.
+    Of launches with one worker, those whose policy has experts sorted tell what that takes, and nothing else. Of those
+    with more only gate and route tasks are looked at: they come first, and nothing else runs then.
+    Raises: ValueError unless there are one of these and, with one worker, two numbers of tokens.
     """
-    for layer in layers:
-        if layer.trace.num_workers != 1:
-            raise ValueError(f"a launch with {layer.trace.num_workers} workers (must be 1: one task at a time)")
+    layers = [layer for layer in launches if layer.trace.num_workers == 1]
+    openings = [layer for layer in launches if layer.trace.num_workers > 1]
+    if not openings:
+        raise ValueError("no launch with several workers (for gate and route tasks, all at once)")
     sorted_layers = [layer for layer in layers if layer.policy.sorts_experts(1)]
     layers = [layer for layer in layers if not layer.policy.sorts_experts(1)]
     tokens = np.array([layer.trace.header["num_tokens"][0] for layer in layers], np.float64)
     if len(set(tokens.tolist())) < 2:
         raise ValueError(f"launches of {sorted(set(tokens.tolist()))} tokens (must be two numbers at least)")
-    steps = {kind: [_start_to_start(layer, kind) for layer in layers] for kind in _FED}
+    steps = {kind: [_start_to_start(layer, kind, bare.word_tokens) for layer in layers] for kind in _FED}
     parameters = _feed([step for of_kind in steps.values() for step in of_kind if step is not None], bare)
-    fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})  # type: ignore[arg-type]
+    fed = replace(bare, **{key: parameter.value for key, parameter in parameters.items()})
     pairs = [(layer, simulate_as(layer, fed)) for layer in layers]
-    for kind in _TIMED:
-        of_kind = steps.get(kind, [None] * len(layers))
+    for kind, of_kind in steps.items():
         found = [_missing_ns(*pair, kind, step) for pair, step in zip(pairs, of_kind, strict=True)]
         missing_ns = [missing for missing in found if missing is not None]
         if missing_ns:
@@ -70,6 +72,10 @@ def single_task_parameters(layers: Sequence[MeasuredLayer], bare: Machine) -> di
             # time from one start to the next.
             least_ns = min((step.step_ns for step in of_kind if step is not None), default=None)
             parameters[f"{kind}_overhead_ps"] = _fixed(missing_ns, f"{kind} of one worker", least_ns)
+    opened = [(layer, simulate_as(layer, fed)) for layer in openings]
+    for kind in _OPENING:
+        parameters[f"{kind}_overhead_ps"] = _by_size(opened, kind, f"{kind} of all workers at once")
+    parameters["combine_overhead_ps"] = _by_size(pairs, "combine", "combine of one worker")
     # where all are in chains: the same warps end both
     parameters.setdefault("down_overhead_ps", parameters["up_overhead_ps"])
     starts_ns = [_first_start_ns(layer.trace) - _first_start_ns(simulated) for layer, simulated in pairs]
@@ -134,7 +140,7 @@ def _missing_ns(layer: MeasuredLayer, simulated: Trace, kind: str, step: Step | 
     return 1000 * (error.measured_us - error.simulated_us)
 
 
-def _start_to_start(layer: MeasuredLayer, kind: str) -> Step | None:
+def _start_to_start(layer: MeasuredLayer, kind: str, word_tokens: int) -> Step | None:
     """Of the tasks of a kind; None without two picks.
 
     Of a chain only the first start counts: how its tasks are told apart inside is the kernel's matter.
@@ -146,8 +152,9 @@ def _start_to_start(layer: MeasuredLayer, kind: str) -> Step | None:
     heads = heads[np.argsort(records["start_ps"][heads], kind="stable")]
     num_tasks = int(tasks["chain"][heads[:-1]].sum())
     passed_ps = int(records["start_ps"][heads[-1]] - records["start_ps"][heads[0]])
-    of_kind = tasks[tasks["kind"] == KINDS.index(kind)]
-    num_bytes, io_bytes = float(np.median(of_kind["weight_bytes"])), float(of_kind["io_bytes"].mean())
+    of_kind = tasks["kind"] == KINDS.index(kind)
+    num_bytes = float(np.median(tasks["weight_bytes"][of_kind]))
+    io_bytes = float(moved_bytes(layer.table, word_tokens)[of_kind].mean())
     return Step(num_bytes, io_bytes, passed_ps / num_tasks / 1000)
 
 
@@ -158,6 +165,23 @@ def _fixed(missing_ns: list[float], what: str, most_ns: float | None = None) -> 
     if most_ns is not None and most_ns < value:
         value, source = most_ns, f"{source}; at most {most_ns:.4g} ns, from start to start"
     return Parameter(max(0, round(value * 1000)), spread * 1000, "measured", source)
+
+
+def _by_size(pairs: Sequence[tuple[MeasuredLayer, Trace]], kind: str, what: str) -> Parameter:
+    """The fixed part of a kind for each size that most tasks of a launch have."""
+    missing_ns: dict[int, list[float]] = {}
+    for layer, simulated in pairs:
+        error, tasks = kind_errors(layer.table, simulated, layer.trace).get(kind), layer.table.tasks
+        if error is not None:
+            size = int(np.median(task_sizes(tasks[tasks["kind"] == KINDS.index(kind)])))
+            missing_ns.setdefault(size, []).append(1000 * (error.measured_us - error.simulated_us))
+    if not missing_ns:
+        return Parameter(0, 0.0, "measured", f"{what}: in no launch")
+    found = {size: _fixed(of_size, what) for size, of_size in sorted(missing_ns.items())}
+    times = tuple((size, int(parameter.value)) for size, parameter in found.items())
+    spread_ps = max(parameter.spread for parameter in found.values())
+    num_launches = sum(len(of_size) for of_size in missing_ns.values())
+    return Parameter(times, spread_ps, "measured", f"{what}, {len(times)} sizes, over {num_launches} launches")
 
 
 def _has_chains(layer: MeasuredLayer, kind: str) -> bool:

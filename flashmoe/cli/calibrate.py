@@ -10,7 +10,7 @@ import typer
 
 from flashmoe.cli import inputs
 from flashmoe.cli.screen import check_folder, check_writable, err, print_json, print_table, print_written, say
-from flashmoe.machine import Machine, parameter_units
+from flashmoe.machine import Machine, Times, parameter_units
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -54,11 +54,11 @@ def calibrate(
         from flashmoe.calibrate import host_machine
 
         machine = host_machine()
-        rows = [[key, f"{getattr(machine, key):g}", "", origin.unit] for key, origin in machine.origins.items()]
+        rows = [[key, _as_text(getattr(machine, key)), "", origin.unit] for key, origin in machine.origins.items()]
     else:
         machine, found = _gpu(base, model, keep, source, "gpu" if out is None else out.stem)
         rows = [
-            [key, f"{parameter.value:g}", f"{parameter.spread:.2g}", parameter_units()[key]]
+            [key, _as_text(parameter.value), f"{parameter.spread:.2g}", parameter_units()[key]]
             for key, parameter in found.items()
         ]
     seconds = time.monotonic() - started
@@ -72,6 +72,12 @@ def calibrate(
     print_table(["parameter", "value", "spread", "unit"], rows)
     say(f"{len(rows)} of {len(parameter_units())} parameters measured in {seconds:.0f} s")
     print_written(out, "machine")
+
+
+def _as_text(value: float | Times) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{size}: {time:g}" for size, time in value)
+    return f"{value:g}"
 
 
 def _gpu(base: str, model: str, keep: Path | None, source: Path | None, name: str) -> tuple[Machine, dict[str, Any]]:

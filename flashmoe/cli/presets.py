@@ -106,7 +106,9 @@ def _print_machine(machine: Machine) -> None:
 
 
 def _as_value(value: Any, unit: str) -> str:
-    """A parameter with its unit; a ratio, a number of things and a flag have none."""
+    """A parameter with its unit; a ratio, a number of things and a flag have none. Times by size: each with its."""
+    if isinstance(value, tuple):
+        return ", ".join(f"{size}: {time:,}" for size, time in value) + f" {unit}"
     if unit == "flag":
         return str(value).lower()
     if unit in ("count", "ratio"):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.machine import Machine, Times
 from flashmoe.sim import jitter
 from flashmoe.sim.bandwidth import ROUNDING_PS
 from flashmoe.sim.parameters import Parameters
@@ -71,24 +72,50 @@ def task_costs(table: TaskTable, parameters: Parameters, layer: int = 0) -> Cost
         bytes_factor = 1.0 + luck * _evened_out(tasks["weight_bytes"].astype(np.float64), machine.jitter_bytes)
         slow = slow * bytes_factor
         stall_ps = np.where(jitter.stalls(bits, parameters.stall_threshold), machine.stall_ps, 0)
+    is_finished = np.isin(tasks["kind"], FINISHED_KINDS)
     flop_ns = _padded_flops(tasks, machine.matrix_tokens, machine.matrix_rows) / machine.cu_flops_per_ns
-    io_ns = tasks["io_bytes"] / machine.cache_bytes_per_ns
+    idle_bytes_per_ns = machine.cache_idle_bytes_per_ns or machine.cache_bytes_per_ns
+    io_ns = moved_bytes(table, machine.word_tokens) / np.where(
+        is_finished, machine.cache_bytes_per_ns, idle_bytes_per_ns
+    )
     feed_ns = tasks["weight_bytes"] / machine.feed_bytes_per_ns if machine.feed_bytes_per_ns > 0 else 0.0
     products_ns = np.maximum(feed_ns, flop_ns)
     # a gate reads its router rows and its tokens at once; in a ring, tokens' rows and weights wait for each other
-    work_ns = np.where(np.isin(tasks["kind"], FINISHED_KINDS), io_ns + products_ns, np.maximum(io_ns, products_ns))
-    kind_overhead_ps = np.array([machine.overhead_ps(kind) for kind in KINDS], np.float64)
+    work_ns = np.where(is_finished, io_ns + products_ns, np.maximum(io_ns, products_ns))
     stream_bytes = tasks["weight_bytes"] * bytes_factor
     return Costs(
         stream_bytes=stream_bytes,
         stream_ps=_ceil(stream_bytes / machine.cu_bytes_per_ns * 1000.0 / speeds),
         compute_ps=_ceil(work_ns * 1000.0 * slow),
-        overhead_ps=_ceil(kind_overhead_ps[tasks["kind"]] * slow) + stall_ps,
+        overhead_ps=_ceil(_overheads_ps(tasks, machine) * slow) + stall_ps,
         send_ps=_ceil(remote_bytes(table) / machine.store_bytes_per_ns * 1000.0),
         weights=first_of_same_weights(tasks),
         stay_bytes=jitter.stay(bits, parameters.stay_bytes) if machine.cache_bytes > 0 else np.full(len(tasks), -1.0),
         early=machine.prefetch,
     )
+
+
+def tokens_by_pe(table: TaskTable) -> NDArray[np.int64]:
+    """(num_pes,) tokens that each PE routes."""
+    is_route = table.tasks["kind"] == KINDS.index("route")
+    num_tokens = np.bincount(table.tasks["pe"][is_route], table.tasks["num_tokens"][is_route], table.num_pes)
+    return num_tokens.astype(np.int64)
+
+
+def sends_words(table: TaskTable, word_tokens: int) -> NDArray[np.bool_]:
+    """(num_pes,) whether a PE has so few tokens that its results are their own signal."""
+    few: NDArray[np.bool_] = (word_tokens > 0) & (tokens_by_pe(table) <= word_tokens)
+    return few
+
+
+def moved_bytes(table: TaskTable, word_tokens: int) -> NDArray[np.uint64]:
+    """(n,) activations and results that each task reads and writes; half of a hidden row's words is signal [bytes]."""
+    tasks = table.tasks
+    # a value of a row, 2 bytes, takes two operations with each of the weights' rows
+    row_bytes = tasks["flops"] // np.maximum(tasks["num_rows"], 1).astype(np.uint64)
+    has_words = (tasks["kind"] == KINDS.index("down")) & sends_words(table, word_tokens)[tasks["pe"]]
+    moved: NDArray[np.uint64] = tasks["io_bytes"] + np.where(has_words, row_bytes, np.uint64(0))
+    return moved
 
 
 def first_of_same_weights(tasks: Any) -> NDArray[np.int64]:
@@ -114,6 +141,37 @@ def remote_bytes(table: TaskTable) -> NDArray[np.float64]:
     remote = table.tasks["pe"][source] != table.event_pe[table.signal_event]
     weights: Any = np.where(remote, table.signal_bytes, 0).astype(np.float64)
     return np.bincount(source, weights=weights, minlength=len(table.tasks)).astype(np.float64)
+
+
+def _overheads_ps(tasks: Any, machine: Machine) -> NDArray[np.float64]:
+    """(n,) fixed part of each task, by its kind and size [ps]."""
+    size, result = task_sizes(tasks), np.zeros(len(tasks), np.int64)
+    for index, kind in enumerate(KINDS):
+        of_kind = tasks["kind"] == index
+        result[of_kind] = between(machine.overheads(kind), size[of_kind])
+    return result.astype(np.float64)
+
+
+def task_sizes(tasks: Any) -> NDArray[np.int64]:
+    """(n,) what a fixed part may depend on: rows of experts' weights; of others tokens, times a gate's experts."""
+    num_rows = tasks["num_rows"].astype(np.int64)
+    by_tokens = tasks["num_tokens"].astype(np.int64) * np.maximum(num_rows, 1)
+    sizes: NDArray[np.int64] = np.where(np.isin(tasks["kind"], FINISHED_KINDS), num_rows, by_tokens)
+    return sizes
+
+
+def between(times: Times, size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) time for each size, in proportion between those that are given, and that of the nearest beyond [ps]."""
+    sizes, times_ps = np.array(times, np.int64).T
+    if len(sizes) == 1:
+        return np.full(len(size), times_ps[0])
+    place = np.clip(np.searchsorted(sizes, size, side="right") - 1, 0, len(sizes) - 2)
+    low, high = sizes[place], sizes[place + 1]
+    inside = np.clip(size, sizes[0], sizes[-1])
+    result: NDArray[np.int64] = ((high - inside) * times_ps[place] + (inside - low) * times_ps[place + 1]) // (
+        high - low
+    )
+    return result
 
 
 def _evened_out(weight_bytes: NDArray[np.float64], jitter_bytes: int) -> NDArray[np.float64]:

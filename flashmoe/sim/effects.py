@@ -108,7 +108,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "activations": Effect(
         "A task reads its tokens' rows and writes what it makes, at a CU's rate from the cache. Without: for nothing.",
-        _set(cache_bytes_per_ns=UNLIMITED),
+        _set(cache_bytes_per_ns=UNLIMITED, cache_idle_bytes_per_ns=0.0),
     ),
     "reuse": Effect(
         "What another task streams, or has streamed a short while ago, may come from the cache: the memory does not "

@@ -96,7 +96,7 @@ def _parameters(parameters: Parameters) -> dict[str, Any]:
         **{field.name: getattr(parameters, field.name) for field in fields(parameters)},
         "num_domains": parameters.num_domains,
         "jitters": parameters.jitters,
-        "overhead_ps": [float(machine.overhead_ps(kind)) for kind in KINDS],
+        "overheads": [machine.overheads(kind) for kind in KINDS],
     }
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from flashmoe.policy import Policy
 from flashmoe.sim.bandwidth import Cache, CappedSharing, Weights
-from flashmoe.sim.costs import FINISHED_KINDS, FIRST_KINDS, num_active_experts, task_costs
+from flashmoe.sim.costs import FINISHED_KINDS, FIRST_KINDS, num_active_experts, sends_words, task_costs, tokens_by_pe
 from flashmoe.sim.deadlock import DeadlockError, Input, Stuck, deadlock_message
 from flashmoe.sim.events import Events
 from flashmoe.sim.parameters import Parameters
@@ -136,9 +136,7 @@ class Layer:
         machine, tasks = run.parameters.machine, table.tasks
         is_finished = np.isin(tasks["kind"], FINISHED_KINDS)
         self.ends_beside: list[bool] = (is_finished & machine.finish_beside).tolist()
-        is_route = tasks["kind"] == KINDS.index("route")
-        num_tokens = np.bincount(tasks["pe"][is_route], tasks["num_tokens"][is_route], table.num_pes)
-        self.sends_words: list[bool] = ((machine.word_tokens > 0) & (num_tokens <= machine.word_tokens)).tolist()
+        self.sends_words: list[bool] = sends_words(table, machine.word_tokens).tolist()
         has_signals = np.diff(table.signal_ptr) > 0
         self.releases: list[bool] = (is_finished & has_signals & ~np.array(self.sends_words)[tasks["pe"]]).tolist()
         self.event_pe: list[int] = table.event_pe.tolist() + list(range(table.num_pes))
@@ -152,7 +150,8 @@ class Layer:
         active: list[int | None] = [None] * table.num_pes
         if policy.sorts_experts(table.num_pes):
             active = num_active_experts(tasks, table.num_pes).tolist()
-        plan_ps = [run.parameters.plan_ps(int(num_tokens.sum()), num_sorted) for num_sorted in active]
+        num_tokens = int(tokens_by_pe(table).sum())
+        plan_ps = [run.parameters.plan_ps(num_tokens, num_sorted) for num_sorted in active]
         use_ps = dict(zip(table.planned_event.tolist(), plan_ps, strict=True))
         self.events = Events(run.env, table.event_target.tolist() + entry_target, use_ps)
         if pipelined:

@@ -58,6 +58,7 @@ Parameters make_parameters(const py::dict& given) {
   number("cu_bytes_per_ns", p.cu_bytes_per_ns);
   number("cu_flops_per_ns", p.cu_flops_per_ns);
   number("cache_bytes_per_ns", p.cache_bytes_per_ns);
+  number("cache_idle_bytes_per_ns", p.cache_idle_bytes_per_ns);
   number("feed_bytes_per_ns", p.feed_bytes_per_ns);
   number("store_bytes_per_ns", p.store_bytes_per_ns);
   number("link_bytes_per_ns", p.link_bytes_per_ns);
@@ -71,7 +72,7 @@ Parameters make_parameters(const py::dict& given) {
   number("gap_ps", p.gap_ps);
   number("slice_ps", p.slice_ps);
   number("stall_ps", p.stall_ps);
-  number("overhead_ps", p.overhead_ps);
+  number("overheads", p.overheads);
   p.speeds = to_vector<double>(given["speeds"]);
   p.start_ps = to_vector<i64>(given["start_ps"]);
   p.rates = to_vector<double>(given["rates"]);

@@ -50,15 +50,37 @@ inline double evened_out(double weight_bytes, const Parameters& p) {
   return p.jitter_bytes == 0 ? 1.0 : std::sqrt(even / std::max(weight_bytes, even));
 }
 
-inline ClassCost class_cost(const Amounts& a, const Parameters& p) {
+//! In proportion between the sizes that are given, and the time of the nearest beyond.
+inline i64 between(const std::vector<std::array<i64, 2>>& times, i64 size) {
+  if (size <= times.front()[0]) return times.front()[1];
+  if (size >= times.back()[0]) return times.back()[1];
+  std::size_t i = 0;
+  while (times[i + 1][0] <= size) ++i;
+  const auto [low, low_ps] = times[i];
+  const auto [high, high_ps] = times[i + 1];
+  return ((high - size) * low_ps + (size - low) * high_ps) / (high - low);
+}
+
+inline i64 overhead_ps(const Amounts& a, const Parameters& p) {
+  const u32 kind = static_cast<u32>(a.kind);
+  const i64 rows = a.num_rows, tokens = a.num_tokens;
+  return between(p.overheads[kind], is_finished_kind(kind) ? rows : tokens * std::max<i64>(rows, 1));
+}
+
+//! sends_words: the PE's results are their own signal, so that half of each word of a hidden row is.
+inline ClassCost class_cost(const Amounts& a, bool sends_words, const Parameters& p) {
   const double flop_ns = padded_flops(a, p) / p.cu_flops_per_ns;
-  const double io_ns = static_cast<double>(a.io_bytes) / p.cache_bytes_per_ns;
+  const bool is_finished = is_finished_kind(static_cast<u32>(a.kind));
+  // a value of a row, 2 bytes, takes two operations with each of the weights' rows
+  const u64 word_bytes = sends_words && a.kind == TaskKind::down ? a.flops / std::max<u64>(a.num_rows, 1) : 0;
+  const double idle = p.cache_idle_bytes_per_ns > 0 ? p.cache_idle_bytes_per_ns : p.cache_bytes_per_ns;
+  const double io_ns =
+      static_cast<double>(a.io_bytes + word_bytes) / (is_finished ? p.cache_bytes_per_ns : idle);
   const auto bytes = static_cast<double>(a.weight_bytes);
   const double feed_ns = p.feed_bytes_per_ns > 0 ? bytes / p.feed_bytes_per_ns : 0.0;
   const double products_ns = std::max(feed_ns, flop_ns);
-  const double work_ns =
-      is_finished_kind(static_cast<u32>(a.kind)) ? io_ns + products_ns : std::max(io_ns, products_ns);
-  return ClassCost{bytes, work_ns * 1000.0, p.overhead_ps[static_cast<u32>(a.kind)], evened_out(bytes, p),
+  const double work_ns = is_finished ? io_ns + products_ns : std::max(io_ns, products_ns);
+  return ClassCost{bytes, work_ns * 1000.0, static_cast<double>(overhead_ps(a, p)), evened_out(bytes, p),
                    ceil_ps(static_cast<double>(a.remote_bytes) / p.store_bytes_per_ns * 1000.0)};
 }
 

@@ -104,7 +104,7 @@ class Layers {
     for (u32 pe = 0; pe < g.num_pes; ++pe) {
       Stage stage;
       stage.planned = g.planned_event[pe];
-      stage.sends_words = env_.p.word_tokens > 0 && g.tokens[pe] <= env_.p.word_tokens;
+      stage.sends_words = g.sends_words(pe, env_.p);
       const i64 sort_ps =
           config_.sorts_experts ? env_.p.sort_ps + env_.p.sort_expert_ps * g.num_active[pe] : 0;
       l.events.set_use(stage.planned, plan_ps + sort_ps);

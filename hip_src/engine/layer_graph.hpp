@@ -62,6 +62,11 @@ struct LayerGraph {
   u32 chain_of(u32 row) const { return chain.empty() ? 1 : chain[row]; }
   u32 id_of(u32 pe, u32 row) const { return row - first[pe] + first_id[pe]; }
 
+  //! Whether a PE's results are their own signal; known once its route tasks are there, which come first.
+  bool sends_words(u32 pe, const Parameters& p) const {
+    return p.word_tokens > 0 && tokens[pe] <= p.word_tokens;
+  }
+
   u32 add_class(u32 pe, Amounts amounts, const std::vector<u32>& wait, const std::vector<SignalTo>& signal,
                 const Parameters& p) {
     TaskClass c{};
@@ -75,7 +80,7 @@ struct LayerGraph {
     c.signal_end = static_cast<u32>(signals.size());
     amounts.remote_bytes = 0;
     for (const SignalTo& s : signal) amounts.remote_bytes += s.pe == pe ? 0 : s.bytes;
-    c.before_jitter = class_cost(amounts, p);
+    c.before_jitter = class_cost(amounts, sends_words(pe, p), p);
     c.cost = task_cost(c.before_jitter, p.speeds[pe], 1.0, 0);
     c.weight_bytes = amounts.weight_bytes;
     c.link_bytes = amounts.remote_bytes;

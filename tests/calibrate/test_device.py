@@ -1,6 +1,7 @@
 """Microbenchmarks as parameters: a recorded run of one H200, and numbers that are made up."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from flashmoe.calibrate.device import SLOTS, device_parameters, fit_knee, mean_l
 from flashmoe.calibrate.measurements import Measurements
 from flashmoe.machine import parameter_units
 
-RECORDED = Path(__file__).parents[2] / "results" / "2026-11-26-h200-validation" / "calibration" / "calibrate.json"
+RECORDED = Path(__file__).parents[2] / "results" / "2026-11-27-h200-validation" / "calibration" / "calibrate.json"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def raw(benchmark, quantity, **conditions):
 def test_every_parameter_is_one_of_the_model_with_its_spread_and_source(recorded):
     parameters = device_parameters(recorded)
     assert parameters.keys() < parameter_units().keys()
-    assert len(parameters) == 16
+    assert len(parameters) == 17
     for name, parameter in parameters.items():
         assert parameter.value > 0, name
         assert parameter.spread >= 0
@@ -43,13 +44,25 @@ def test_every_parameter_is_one_of_the_model_with_its_spread_and_source(recorded
 def test_bandwidth_is_right_for_one_cu_and_for_all(recorded):
     parameters = device_parameters(recorded)
     total, cap, knee = (parameters[name].value for name in ("hbm_bytes_per_ns", "cu_bytes_per_ns", "knee"))
-    assert cap == 78.8
+    assert cap == 78.6
     # (c^-p + (B / n)^-p)^(-1/p) for each of 132
     together = 132 * (cap**-knee + (total / 132) ** -knee) ** (-1 / knee)
     assert together == pytest.approx(raw("read_bandwidth", "total", slots=SLOTS, sms=132)["median"], rel=1e-3)
     for cus in (8, 32, 64, 96):
         measured = raw("read_bandwidth", "total", slots=SLOTS, sms=cus)["median"]
         assert cus * (cap**-knee + (total / cus) ** -knee) ** (-1 / knee) == pytest.approx(measured, rel=0.05)
+
+
+def test_luck_is_that_of_many_tasks(recorded):
+    many = raw("task_jitter", "log_std_of_32_tasks_within_an_sm", mode="pipelined")["median"]
+    assert device_parameters(recorded)["jitter"].value == pytest.approx(many * math.sqrt(32), abs=1e-4)
+    one = raw("task_jitter", "log_std", mode="pipelined")["median"]
+    assert many * math.sqrt(32) < one < many * 32
+
+
+def test_an_idle_cache_is_faster(recorded):
+    parameters = device_parameters(recorded)
+    assert parameters["cache_idle_bytes_per_ns"].value > 2 * parameters["cache_bytes_per_ns"].value
 
 
 def test_a_release_is_what_an_add_takes_longer_than_a_word(recorded):

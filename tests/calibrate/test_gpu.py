@@ -1,17 +1,25 @@
 """A GPU's machine file: complete, with origins, from what was measured on one H200; and the command that makes it."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from flashmoe.calibrate.gpu import ROUTINGS, SORTED_TOKENS, gpu_machine, load_measured
+from flashmoe.calibrate.gpu import (
+    OPENING_ROUTINGS,
+    OPENING_TOKENS,
+    ROUTINGS,
+    SORTED_TOKENS,
+    gpu_machine,
+    load_measured,
+)
 from flashmoe.cli import app
 from flashmoe.machine import Machine, parameter_units
 from flashmoe.sim.effects import without
 
-KEPT = Path(__file__).parents[2] / "results" / "2026-11-26-h200-validation" / "calibration"
+KEPT = Path(__file__).parents[2] / "results" / "2026-11-27-h200-validation" / "calibration"
 
 
 def run(*arguments):
@@ -23,14 +31,19 @@ def measured():
     return load_measured(KEPT)
 
 
-def test_launches_of_one_worker_were_kept(measured):
+def test_launches_were_kept(measured):
     _, layers = measured
+    alone = [layer for layer in layers if layer.trace.num_workers == 1]
     plain, ranked = (
-        [layer.trace.header["num_tokens"][0] for layer in layers if layer.policy.sorts_experts(1) == sorts]
+        [layer.trace.header["num_tokens"][0] for layer in alone if layer.policy.sorts_experts(1) == sorts]
         for sorts in (False, True)
     )
     assert (plain, ranked) == (list(ROUTINGS), list(SORTED_TOKENS))
-    assert {layer.trace.num_workers for layer in layers} == {1}
+    opened = [layer for layer in layers if layer.trace.num_workers > 1]
+    assert {layer.trace.num_workers for layer in opened} == {132}
+    cells = {(layer.trace.header["num_tokens"][0], layer.routing.name) for layer in opened}
+    assert cells == set(itertools.product(OPENING_TOKENS, OPENING_ROUTINGS))
+    assert len(opened) == len(cells)
 
 
 def test_a_machine_is_complete_and_says_what_was_measured(measured):
@@ -72,6 +85,7 @@ def test_the_command_makes_the_preset_from_what_was_kept(tmp_path):
     assert told["spread"]["signal_ps"] > 0
     written = Machine.load(out)
     preset = Machine.preset("h200")
+    assert dict(told["machine"]["gate_overhead_ps"]) == dict(written.overheads("gate"))
     assert {key: getattr(written, key) for key in told["spread"]} == {
         key: getattr(preset, key) for key in told["spread"]
     }

@@ -22,6 +22,11 @@ from flashmoe.trace import KINDS
 TIMES = st.sampled_from([0, 0, 0, 1_000, 1_000, 2_000, 3_000, 777])
 RATES = st.sampled_from([1.0, 2.0, 4.0, 10.0, 3.7, 1e30])
 
+# fixed parts of tasks: one time, or one for each of several sizes
+OVERHEADS = TIMES | st.lists(st.tuples(st.sampled_from([1, 2, 3, 5, 8, 16, 64]), TIMES), min_size=1, max_size=4).map(
+    lambda times: tuple(sorted(dict(times).items()))
+)
+
 # of a machine, but for signal_ps and the fixed parts
 OTHER_TIMES = [
     *("launch_ps", "launch_domain_ps", "launch_step_ps", "prologue_ps", "ticket_ps", "ticket_far_ps"),
@@ -35,12 +40,14 @@ def machines(draw: st.DrawFn) -> Machine:
     """Any parameter may be anything; a third of them are hosts."""
     is_host = draw(st.integers(0, 2)) == 0
     values: dict[str, Any] = {name: draw(TIMES) for name in OTHER_TIMES}
-    values |= {f"{kind}_overhead_ps": draw(TIMES) for kind in KINDS}
+    values |= {f"{kind}_overhead_ps": draw(OVERHEADS) for kind in KINDS}
+    values["cache_idle_bytes_per_ns"] = draw(st.sampled_from([0.0, 0.0, 2.0, 7.3]))
     values |= {f"{name}_bytes_per_ns": draw(RATES) for name in ("hbm", "cu", "cache", "link", "store")}
     values["cu_flops_per_ns"] = draw(RATES) * 16
     if draw(st.integers(0, 4)) == 0:  # tasks that take no time at all
         values |= {f"{kind}_overhead_ps": 0 for kind in KINDS}
         values |= {"cache_bytes_per_ns": 1e30, "cu_flops_per_ns": 1e30, "store_bytes_per_ns": 1e30}
+        values["cache_idle_bytes_per_ns"] = 0.0
     return Machine(
         name="any",
         num_cus=4,

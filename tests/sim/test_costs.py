@@ -78,6 +78,38 @@ def test_jitter_scales_streams_arithmetic_and_fixed_parts_of_a_task_alike():
     assert got.send_ps.tolist() == [2_000] * 3
 
 
+def test_a_fixed_part_may_depend_on_the_size_of_a_task():
+    table = HandTable()
+    for rows in (1, 4, 6, 12, 16, 99):
+        table.task("up", tokens=7, rows=rows)
+    table.task("gate", tokens=3, rows=4)  # 12 in size
+    table.task("route", tokens=9)
+    times = ((4, 100), (12, 500), (16, 0))
+    got = costs(table, up_overhead_ps=times, gate_overhead_ps=times, route_overhead_ps=((8, 0), (10, 3)))
+    # below the first size, at it, a quarter of the way, ...
+    assert got.overhead_ps.tolist() == [100, 100, 200, 500, 0, 0, 500, 1]
+
+
+def test_what_comes_before_and_after_the_streams_finds_the_cache_idle():
+    table = HandTable()
+    for kind in ("gate", "route", "up", "down", "combine"):
+        table.task(kind, io=12)
+    assert costs(table).compute_ps.tolist() == [12_000] * 5
+    got = costs(table, cache_idle_bytes_per_ns=4.0)
+    assert got.compute_ps.tolist() == [3_000, 3_000, 12_000, 12_000, 3_000]
+
+
+def test_half_of_a_word_is_its_signal():
+    table = HandTable(num_pes=2)
+    table.task("route", tokens=2)
+    table.task("route", pe=1, tokens=3)
+    for pe in (0, 1):  # 2 x 10 values of 2 bytes each; 3 rows of weights
+        table.task("down", pe=pe, tokens=2, rows=3, io=40, flops=2 * 2 * 10 * 3)
+    fast = {"cu_flops_per_ns": 1e30}
+    assert costs(table, **fast).compute_ps.tolist() == [0, 0, 40_000, 40_000]
+    assert costs(table, word_tokens=2, **fast).compute_ps.tolist() == [0, 0, 80_000, 40_000]
+
+
 def test_a_stall_is_added_to_the_fixed_part():
     table = HandTable()
     table.task("up", flops=3)
