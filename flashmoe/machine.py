@@ -48,8 +48,6 @@ def _parameter(
         least, most = 0, _LONGEST_PS
     elif least is None and unit == "count":
         least = 1
-    if by_size:
-        what += ": one, or [[size, time], ...], in proportion between"
     return field(metadata={"unit": unit, "what": what, "least": least, "most": most, "by_size": by_size}, **options)
 
 
@@ -169,13 +167,39 @@ class Machine:
         default=0.0,
     )
     # fixed parts
-    gate_overhead_ps: int | Times = _parameter("ps", "fixed part of a gate task, by tokens x experts", by_size=True)
-    route_overhead_ps: int | Times = _parameter("ps", "fixed part of a route task, by tokens", by_size=True)
-    dispatch_overhead_ps: int | Times = _parameter("ps", "fixed part of a dispatch task, by tokens", by_size=True)
-    up_overhead_ps: int | Times = _parameter("ps", "fixed part of an up task, by rows of weights", by_size=True)
-    down_overhead_ps: int | Times = _parameter("ps", "fixed part of a down task, by rows of weights", by_size=True)
-    combine_overhead_ps: int | Times = _parameter("ps", "fixed part of a combine task, by tokens", by_size=True)
-    expert_overhead_ps: int | Times = _parameter("ps", "fixed part of an expert task, by rows of weights", by_size=True)
+    gate_overhead_ps: int | Times = _parameter(
+        "ps",
+        "fixed part of a gate task; or [[size, time], ...], sizes in tokens x experts, in proportion between",
+        by_size=True,
+    )
+    route_overhead_ps: int | Times = _parameter(
+        "ps", "fixed part of a route task; or [[size, time], ...], sizes in tokens, in proportion between", by_size=True
+    )
+    dispatch_overhead_ps: int | Times = _parameter(
+        "ps",
+        "fixed part of a dispatch task; or [[size, time], ...], sizes in tokens, in proportion between",
+        by_size=True,
+    )
+    up_overhead_ps: int | Times = _parameter(
+        "ps",
+        "fixed part of an up task; or [[size, time], ...], sizes in rows of weights, in proportion between",
+        by_size=True,
+    )
+    down_overhead_ps: int | Times = _parameter(
+        "ps",
+        "fixed part of a down task; or [[size, time], ...], sizes in rows of weights, in proportion between",
+        by_size=True,
+    )
+    combine_overhead_ps: int | Times = _parameter(
+        "ps",
+        "fixed part of a combine task; or [[size, time], ...], sizes in tokens, in proportion between",
+        by_size=True,
+    )
+    expert_overhead_ps: int | Times = _parameter(
+        "ps",
+        "fixed part of an expert task; or [[size, time], ...], sizes in rows of weights, in proportion between",
+        by_size=True,
+    )
     gap_ps: int = _parameter("ps", "a worker's bookkeeping between two tasks", default=0)
     # what differs from task to task and from PE to PE
     jitter: float = _parameter(

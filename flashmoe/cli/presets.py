@@ -96,19 +96,22 @@ def _print_machine(machine: Machine) -> None:
     meanings, units = parameter_meanings(), parameter_units()
     colours = {"measured": "green", "datasheet": "cyan", "estimate": "yellow", "fitted": "green"}
     for key, unit in units.items():
-        origin = machine.origins.get(key)
-        line = Text.assemble((f"{key:24}", "bold"), _as_value(getattr(machine, key), unit).ljust(22))
+        origin, value = machine.origins.get(key), getattr(machine, key)
+        line = Text.assemble((f"{key:24}", "bold"), _as_value(value, unit).ljust(22))
         line.append(origin.origin if origin else "default", colours[origin.origin] if origin else "dim")
         out.print(line)
         out.print(Padding(Text(meanings[key]), (0, 0, 0, 4)))
+        if isinstance(value, tuple):
+            times = ", ".join(f"{size}: {_as_value(time, unit)}" for size, time in value)
+            out.print(Padding(Text(times), (0, 0, 0, 4)))
         if origin:
             out.print(Padding(Text(origin.source, style="dim"), (0, 0, 0, 4)))
 
 
 def _as_value(value: Any, unit: str) -> str:
-    """A parameter with its unit; a ratio, a number of things and a flag have none. Times by size: each with its."""
+    """A parameter with its unit; a ratio, a number of things and a flag have none."""
     if isinstance(value, tuple):
-        return ", ".join(f"{size}: {time:,}" for size, time in value) + f" {unit}"
+        return "by size"
     if unit == "flag":
         return str(value).lower()
     if unit in ("count", "ratio"):
