@@ -8,9 +8,12 @@ namespace flashmoe::pipeline {
 namespace {
 
 //! The first that fits is taken.
-const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
+const Instance& instance_for(const Tiling& tiling, u32 num_tokens, QueueKind queue) {
   const Mode mode = mode_of(tiling, num_tokens);
-  const Instances instances = mode == Mode::words ? words() : mode == Mode::rows ? rows() : tiles();
+  const bool is_pushed = queue == QueueKind::push;
+  const Instances instances = mode == Mode::words  ? (is_pushed ? pushed_words() : words())
+                              : mode == Mode::rows ? (is_pushed ? pushed_rows() : rows())
+                                                   : (is_pushed ? pushed_tiles() : tiles());
   for (u32 i = 0; i < instances.size; ++i)
     if (mode == Mode::words || tiling.block_tokens <= 8 * instances.first[i].groups)
       return instances.first[i];
@@ -18,7 +21,7 @@ const Instance& instance_for(const Tiling& tiling, u32 num_tokens) {
 }
 
 SharedLayout shared_layout(const Tiling& tiling, u32 num_tokens) {
-  const Instance& chosen = instance_for(tiling, num_tokens);
+  const Instance& chosen = instance_for(tiling, num_tokens, QueueKind::ticket);  // of all queues the same
   return SharedLayout::of(tiling, num_tokens, chosen.groups, chosen.mode);
 }
 constexpr u32 most_shared_bytes = 227 * 1024;  // of a work-group on sm_90
@@ -33,7 +36,7 @@ struct Layer : FlashmoeLayer {
     if (num_workers > device.num_cus)
       return fail("%u workers (the card has %u SMs, and all workers must run at once)", num_workers,
                   device.num_cus);
-    layout = Layout::of(built::shape(1), tiling, config.max_tokens, num_workers, config.num_domains);
+    layout = Layout::of(built::shape(1), tiling, config.max_tokens, num_workers, config.num_domains, queue());
     if (workspace.allocate(layout.bytes, "workspace") ||
         report.allocate(sizeof(FaultReport), "fault report") ||
         records.allocate(u64{num_workers} * config.trace_capacity * sizeof(TraceRecord), "trace") ||
@@ -46,7 +49,8 @@ struct Layer : FlashmoeLayer {
           sm90::describe(down_tiles, weights.down_device, chunk_bytes, num_experts * (d_model / 16),
                          d_ff / chunk_k, down.tiles(), down.tile_chunks())})
       if (error != nullptr) return fail("%s", error);
-    for (const Instances& instances : {words(), rows(), tiles()}) {
+    for (const Instances& instances :
+         {words(), rows(), tiles(), pushed_words(), pushed_rows(), pushed_tiles()}) {
       for (u32 i = 0; i < instances.size; ++i) {
         for (Kernel kernel : {instances.first[i].kernel, instances.first[i].traced}) {
           if (check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -61,17 +65,18 @@ struct Layer : FlashmoeLayer {
   }
 
   u64 workspace_bytes() const override { return workspace.bytes() + report.bytes() + records.bytes(); }
-  const char* kernel_name() const override { return instance_for(tiling, config.max_tokens).name; }
+  const char* kernel_name() const override { return instance_for(tiling, config.max_tokens, queue()).name; }
+  QueueKind queue() const { return static_cast<QueueKind>(config.queue); }
 
   int launch(const FlashmoeInput& input, Stream stream) override {
     const u32 num_tokens = input.num_tokens[0];
     if (num_tokens == 0) return 0;
-    const Instance& chosen = instance_for(tiling, num_tokens);
+    const Instance& chosen = instance_for(tiling, num_tokens, queue());
     Params p{};
     p.up_tiles = up_tiles;
     p.down_tiles = down_tiles;
     p.cut = LogTiling::of(tiling);
-    p.queue = static_cast<QueueKind>(config.queue);
+    p.queue = queue();
     p.order = static_cast<Order>(config.order);
     p.layout = layout;
     p.at = shared_layout(tiling, num_tokens);
@@ -129,8 +134,6 @@ struct Layer : FlashmoeLayer {
 
 int refuse(const FlashmoeConfig& c, const Tiling& t) {
   if (c.num_pes != 1) return fail("%u PEs on one card (the pipelined kernel does 1)", c.num_pes);
-  if (static_cast<QueueKind>(c.queue) == QueueKind::push)
-    return fail("queue push (the pipelined kernel does ticket, domain, static and replay)");
   if (t.granularity != Granularity::tile)
     return fail("granularity 'token' (the pipelined kernel does 'tile')");
   if (!LogTiling::fits(t)) return fail("tiling (the pipelined kernel does powers of two)");

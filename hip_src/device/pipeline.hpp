@@ -19,5 +19,9 @@ struct Instances {
 Instances words();
 Instances rows();
 Instances tiles();
+// the same for the queue `push`
+Instances pushed_words();
+Instances pushed_rows();
+Instances pushed_tiles();
 
 }  // namespace flashmoe::pipeline

@@ -5,7 +5,7 @@
 namespace flashmoe::pipeline {
 
 static const Instance instances[] = {
-    {moe_layer<4, Mode::rows, false>, moe_layer<4, Mode::rows, true>, 4, Mode::rows,
+    {moe_layer<4, Mode::rows, false, false>, moe_layer<4, Mode::rows, true, false>, 4, Mode::rows,
      "pipeline, rows, blocks to 32"},
 };
 Instances rows() { return {instances, sizeof instances / sizeof *instances}; }

@@ -5,7 +5,8 @@
 namespace flashmoe::pipeline {
 
 static const Instance instances[] = {
-    {moe_layer<1, Mode::words, false>, moe_layer<1, Mode::words, true>, 1, Mode::words, "pipeline, words"},
+    {moe_layer<1, Mode::words, false, false>, moe_layer<1, Mode::words, true, false>, 1, Mode::words,
+     "pipeline, words"},
 };
 Instances words() { return {instances, sizeof instances / sizeof *instances}; }
 

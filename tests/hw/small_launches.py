@@ -13,6 +13,7 @@ from flashmoe.tasks import Tiling
 MODEL = MoEModel(d_model=128, d_ff=64, num_experts=8, top_k=2)
 ROWS = Tiling(down="rows", down_rows=16, block_tokens=8)
 GROUPS = Tiling(down="rows", gate_experts=8, up_rows=32, down_rows=32, block_tokens=16, experts_per_pick=4)
+TILES = Tiling(gate_experts=8, up_rows=32, down_rows=32, block_tokens=16)
 BY_RANK = Policy(name="big_first", queue="static", rank=lambda task: -task.num_tokens)
 CASES = {  # kernel: (policy, tiling, tokens of each PE)
     "pipeline": [
@@ -20,6 +21,8 @@ CASES = {  # kernel: (policy, tiling, tokens of each PE)
         ("domain_steal", ROWS, [20]),
         ("static_phase", GROUPS, [20]),
         (BY_RANK, GROUPS, [8]),
+        ("push", ROWS, [5]),
+        ("push", TILES, [20]),
     ],
     "general": [
         ("push", Tiling(), [20]),

@@ -50,7 +50,7 @@ TILINGS = {
 }
 DEADLINE_S = 16e-3  # by the fibers' clock, which counts their steps: a launch that goes on has waits of up to 5 ms
 BIG_FIRST = Policy(name="big_first", queue="static", rank=lambda task: -task.num_tokens)
-POLICIES = ["ticket", "domain_steal", "static_phase", "expert_lpt", "local_first", "remote_first", BIG_FIRST]
+POLICIES = ["ticket", "push", "domain_steal", "static_phase", "expert_lpt", "local_first", "remote_first", BIG_FIRST]
 for policy_order in ("arrival", "expert", "phase"):
     POLICIES.append(Policy(name=f"domain, {policy_order}", queue="domain", order=policy_order))
 

@@ -241,6 +241,7 @@ class Finisher {
   Turn items_{0}, partials_{0};
 };
 
+template <bool pushed>
 class Signaller {
  public:
   __device__ Signaller(Group& group, const TaskGraph& graph) : group_(group), graph_(graph) {}
@@ -254,7 +255,12 @@ class Signaller {
       group_.wait(group_.item_stored(items_.slot), items_.parity);
       u32* counter = counter_of(work, item.block);
       // release at device scope: what the finish warps stored, and handed on with item_stored
-      if (counter != nullptr && !group_.stopped()) sm90::add_release(counter);
+      if (counter != nullptr && !group_.stopped()) {
+        if (pushed && work.is(TaskKind::up) && !graph_.by_rows())
+          push_downs(group_, graph_, item.block);
+        else
+          sm90::add_release(counter);
+      }
       sm90::arrive(group_.item_free(items_.slot));
       items_.advance(num_items);
     }

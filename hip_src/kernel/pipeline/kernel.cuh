@@ -6,11 +6,13 @@
 #include "loader.cuh"
 #include "math.cuh"
 #include "picker.cuh"
+#include "push.cuh"
 #include "streamer.cuh"
 
 namespace flashmoe::pipeline {
 
-template <u32 groups, Mode mode, bool traced>
+//! pushed: with the queue `push`, else for all others.
+template <u32 groups, Mode mode, bool traced, bool pushed>
 __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
     moe_layer(const __grid_constant__ Params params) {
   using R = Roles<mode>;
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
   __syncthreads();
   // Each role does what it can before the launch before has ended, then begins.
   if (warp < math_warps) {
-    Mathematician<groups, mode, traced>(group, graph).run();
+    Mathematician<groups, mode, traced, pushed>(group, graph).run();
   } else if (warp < R::pick) {
     if (mode == Mode::words && params.given_idx != nullptr && is_by_id(params.order))
       Planner<mode>(group, graph.tiling).prefetch_given_weights();
@@ -54,7 +56,8 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
     }
     Finisher<groups, mode, traced>(group, graph).run();
   } else if (warp == R::pick) {
-    if (threadIdx.x % 32 == 0) Picker<mode, traced>(group, graph).run();
+    using ThePicker = std::conditional_t<pushed, PushPicker<mode, traced>, Picker<mode, traced>>;
+    if (threadIdx.x % 32 == 0) ThePicker(group, graph).run();
   } else if (warp == R::stream) {
     if (graph.gate_inside) {
       constexpr u32 lines = num_experts * d_model * 2 / 128;
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(Roles<mode>::num_threads, 1)
     Loader<mode, traced>(group, graph).run();
   } else if (threadIdx.x % 32 == 0) {
     group.begin<false>();
-    Signaller(group, graph).run();
+    Signaller<pushed>(group, graph).run();
   }
   __syncthreads();
   if (threadIdx.x == 0 && group.stopped()) group.tell_stuck();

@@ -122,7 +122,8 @@ struct LogTiling {
 };
 
 struct Counters {
-  u64 heads, upped, done;  // tickets by domain; [max_blocks] up tasks; [groups] or [experts] down tasks
+  u64 heads, upped, done;   // tickets by domain; [max_blocks] up tasks; [groups] or [experts] down tasks
+  u64 tail, cursor, gated;  // push: slots; groups of tasks; [route blocks] gate tasks
   u64 begin, end;
 };
 
@@ -134,9 +135,11 @@ struct Layout {
   u64 topk_idx, topk_weights;
   u64 hidden;   // bf16 [token][k][d_ff], or tagged words of two
   u64 results;  // bf16 [token][group or k][d_model]
+  u64 slots;    // push: [picks] task ids with the epoch they belong to
   u64 bytes;
 
-  static Layout of(const Shape& s, const Tiling& t, u32 max_tokens, u32 num_workers, u32 num_domains) {
+  static Layout of(const Shape& s, const Tiling& t, u32 max_tokens, u32 num_workers, u32 num_domains,
+                   QueueKind queue) {
     Layout w{};
     Carver carver;
     const Limits limits = Limits::of(s, t, max_tokens);
@@ -144,6 +147,9 @@ struct Layout {
       c.begin = c.heads = carver.take(num_domains * line_bytes);
       c.upped = carver.take(u64{limits.max_blocks} * 4);
       c.done = carver.take(u64{s.num_experts} * 4);
+      c.tail = carver.take(4);
+      c.cursor = carver.take(4);
+      c.gated = carver.take(u64{t.route_blocks(max_tokens)} * 4);
       c.end = carver.size();
     }
     const u64 pairs = u64{max_tokens} * s.top_k;
@@ -154,6 +160,7 @@ struct Layout {
     w.topk_weights = carver.take(pairs * 4);
     w.hidden = carver.take(pairs * s.d_ff * 4);
     w.results = carver.take(u64{max_tokens} * t.result_slots(s) * s.d_model * 2);
+    w.slots = carver.take(queue == QueueKind::push ? u64{limits.max_picks} * 8 : 0);
     w.bytes = carver.size();
     return w;
   }

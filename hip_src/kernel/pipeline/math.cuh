@@ -4,10 +4,11 @@
 #include <type_traits>
 
 #include "plan.cuh"
+#include "push.cuh"
 
 namespace flashmoe::pipeline {
 
-template <u32 groups, Mode mode, bool traced>
+template <u32 groups, Mode mode, bool traced, bool pushed>
 class Mathematician {
   static constexpr u32 num_chains = 2 * warp_chunks;  // products that do not wait for each other
 
@@ -49,6 +50,7 @@ class Mathematician {
         if (work.is(TaskKind::gate)) {
           router_.gate(
               Task{item.id, TaskKind::gate, none, work.tile, item.block, work.first, work.count, none});
+          if constexpr (pushed) push_route(group_, graph_, item.block);
         } else {
           route(work, item);
           if constexpr (traced) meet_math_warps();  // a gate ends with one
@@ -64,6 +66,7 @@ class Mathematician {
     group_.wait(group_.planned(), 0);
     keep_noted();
     if (graph_.plan.num_active() == 0 && !graph_.tiling.has_combine(graph_.shape)) write_zeros();
+    if constexpr (pushed) push_planned(group_, graph_);
     done_with_item();
     return true;
   }
@@ -72,7 +75,7 @@ class Mathematician {
   //! first instructions of a launch come from afar, and the sooner the fewer there are.
   __device__ __forceinline__ bool begin_given() {
     const Params& params = group_.params;
-    const bool is_given = params.queue != QueueKind::replay;  // its number is its first rank
+    const bool is_given = !pushed && params.queue != QueueKind::replay;  // its number is its first rank
     if (!graph_.gate_inside || !is_given || group_.worker >= graph_.num_gate()) return false;
     const u32 tiles = graph_.tiling.gate_tiles(graph_.shape);
     const u32 block = group_.worker / tiles, tile = group_.worker % tiles;
@@ -315,24 +318,6 @@ class Mathematician {
 
   // --- combine: a token's results in their order
 
-  //! A result of a token: its counter and what that must reach; 0: there is none.
-  struct Result {
-    u32 counter, target;
-    float weight;
-  };
-  __device__ __forceinline__ Result result_of(u32 token, u32 slot) const {
-    const u32 tiles = graph_.tiling.down_tiles(graph_.shape);
-    if constexpr (mode == Mode::tiles) {
-      u32 expert;
-      float weight;
-      router_.choice(token, slot, expert, weight);
-      if (expert >= num_experts) return Result{0, 0, 0};
-      return Result{expert, graph_.plan.expert_blocks(expert) * tiles, weight};
-    } else {
-      return Result{slot, graph_.group_begin(slot) == graph_.group_begin(slot + 1) ? 0 : tiles, 1.0f};
-    }
-  }
-
   __device__ void combine(const Work& work, Item& item) {
     const Params& params = group_.params;
     const u32 slots = graph_.tiling.result_slots(graph_.shape);  // at most 32
@@ -344,7 +329,7 @@ class Mathematician {
     const bool discards = params.num_tokens > 32;
     for (u32 token = work.first; token < work.first + work.count; ++token) {
       // every warp for itself, a lane for each slot
-      const Result result = lane_ < slots ? result_of(token, lane_) : Result{0, 0, 0};
+      const Result result = lane_ < slots ? result_of(router_, graph_, token, lane_) : Result{0, 0, 0};
       const u32* done = group_.in_workspace<u32>(group_.counters().done) + result.counter;
       u32 turns = 0, seen = 0;
       u64 since_ns = 0;

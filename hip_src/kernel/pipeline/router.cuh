@@ -241,4 +241,24 @@ struct Router {
   }
 };
 
+//! A result of a token: its counter and what that must reach; 0: there is none.
+struct Result {
+  u32 counter, target;
+  float weight;
+};
+template <Mode mode, u32 gate_groups>
+__device__ __forceinline__ Result result_of(const Router<mode, gate_groups>& router, const TaskGraph& graph,
+                                            u32 token, u32 slot) {
+  const u32 tiles = graph.tiling.down_tiles(graph.shape);
+  if constexpr (mode == Mode::tiles) {
+    u32 expert;
+    float weight;
+    router.choice(token, slot, expert, weight);
+    if (expert >= num_experts) return Result{0, 0, 0};
+    return Result{expert, graph.plan.expert_blocks(expert) * tiles, weight};
+  } else {
+    return Result{slot, graph.group_begin(slot) == graph.group_begin(slot + 1) ? 0 : tiles, 1.0f};
+  }
+}
+
 }  // namespace flashmoe::pipeline

@@ -30,10 +30,19 @@ T fetch_add_relaxed(T* address, T value) {
   *address = before + value;
   return before;
 }
+template <Scope scope, class T>
+T fetch_add_acq_rel(T* address, T value) {
+  return fetch_add_relaxed<scope>(address, value);
+}
+template <Scope scope, class T>
+void store_release(T* address, T value) {
+  store_relaxed<scope>(address, value);
+}
 template <Scope, class T>
 bool compare_swap_acquire(T* address, T expected, T desired) {
   fibers::interleave();
   if (*address != expected) return false;
+  fibers::note_progress();
   *address = desired;
   return true;
 }
