@@ -136,7 +136,7 @@ def _compile(compiler: Compiler, flags: list[str], folder: Path, made: Path) -> 
         flags = [*flags, f"--hip-device-lib-path={_with_gfx942(compiler.device_libraries, made.parent / 'bitcode')}"]
     objects = [made.parent / f"{file.stem}.o" for file in files]
     jobs = [[compiler.path, *flags, "-c", str(file), "-o", str(o)] for file, o in zip(files, objects, strict=True)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # with more at once, each waits for the others
         said = list(pool.map(_call, jobs))
     # -z defs: a function that is missing is an error now, not when the library is loaded
     shared = ["-shared", "-Xlinker", "-z", "-Xlinker", "defs"] if made.suffix == ".so" else []
