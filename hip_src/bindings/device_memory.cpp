@@ -12,6 +12,6 @@ using namespace flashmoe;
 
 u64 device_workspace_bytes(const Shape& shape, const Tiling& tiling, u32 max_tokens, u32 num_workers,
                            u32 num_domains) {
-  return pipeline::Layout::of(shape, tiling, max_tokens, num_workers, num_domains).bytes +
+  return pipeline::Layout::of(shape, tiling, max_tokens, num_workers, num_domains, QueueKind::ticket).bytes +
          sizeof(FaultReport);
 }
