@@ -38,17 +38,19 @@ class Origin(NamedTuple):
 
 
 def _parameter(
-    unit: str, what: str, *, least: float | None = None, most: float = math.inf, by_size: bool = False, **options: Any
+    unit: str, what: str, *, least: float | None = None, most: float = math.inf, sizes: str = "", **options: Any
 ) -> Any:
     """A field of Machine. least: by default 0 for a time, 1 for a count, and any positive number for the others.
 
-    A time is a second at most. by_size: it may be one, or one for each of several sizes of a task.
+    A time is a second at most. sizes: it may be one, or one for each of several sizes of a task, in these.
     """
     if unit == "ps":
         least, most = 0, _LONGEST_PS
     elif least is None and unit == "count":
         least = 1
-    return field(metadata={"unit": unit, "what": what, "least": least, "most": most, "by_size": by_size}, **options)
+    if sizes:
+        what += f"; or [[size, time], ...], sizes in {sizes}, in proportion between"
+    return field(metadata={"unit": unit, "what": what, "least": least, "most": most, "by_size": sizes != ""}, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,39 +169,13 @@ class Machine:
         default=0.0,
     )
     # fixed parts
-    gate_overhead_ps: int | Times = _parameter(
-        "ps",
-        "fixed part of a gate task; or [[size, time], ...], sizes in tokens x experts, in proportion between",
-        by_size=True,
-    )
-    route_overhead_ps: int | Times = _parameter(
-        "ps", "fixed part of a route task; or [[size, time], ...], sizes in tokens, in proportion between", by_size=True
-    )
-    dispatch_overhead_ps: int | Times = _parameter(
-        "ps",
-        "fixed part of a dispatch task; or [[size, time], ...], sizes in tokens, in proportion between",
-        by_size=True,
-    )
-    up_overhead_ps: int | Times = _parameter(
-        "ps",
-        "fixed part of an up task; or [[size, time], ...], sizes in rows of weights, in proportion between",
-        by_size=True,
-    )
-    down_overhead_ps: int | Times = _parameter(
-        "ps",
-        "fixed part of a down task; or [[size, time], ...], sizes in rows of weights, in proportion between",
-        by_size=True,
-    )
-    combine_overhead_ps: int | Times = _parameter(
-        "ps",
-        "fixed part of a combine task; or [[size, time], ...], sizes in tokens, in proportion between",
-        by_size=True,
-    )
-    expert_overhead_ps: int | Times = _parameter(
-        "ps",
-        "fixed part of an expert task; or [[size, time], ...], sizes in rows of weights, in proportion between",
-        by_size=True,
-    )
+    gate_overhead_ps: int | Times = _parameter("ps", "fixed part of a gate task", sizes="tokens x experts")
+    route_overhead_ps: int | Times = _parameter("ps", "fixed part of a route task", sizes="tokens")
+    dispatch_overhead_ps: int | Times = _parameter("ps", "fixed part of a dispatch task", sizes="tokens")
+    up_overhead_ps: int | Times = _parameter("ps", "fixed part of an up task", sizes="rows of weights")
+    down_overhead_ps: int | Times = _parameter("ps", "fixed part of a down task", sizes="rows of weights")
+    combine_overhead_ps: int | Times = _parameter("ps", "fixed part of a combine task", sizes="tokens")
+    expert_overhead_ps: int | Times = _parameter("ps", "fixed part of an expert task", sizes="rows of weights")
     gap_ps: int = _parameter("ps", "a worker's bookkeeping between two tasks", default=0)
     # what differs from task to task and from PE to PE
     jitter: float = _parameter(

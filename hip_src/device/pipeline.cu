@@ -7,13 +7,17 @@ namespace flashmoe::pipeline {
 
 namespace {
 
+Instances instances_of(Mode mode, QueueKind queue) {
+  const bool is_pushed = queue == QueueKind::push;
+  if (mode == Mode::words) return is_pushed ? pushed_words() : words();
+  if (mode == Mode::rows) return is_pushed ? pushed_rows() : rows();
+  return is_pushed ? pushed_tiles() : tiles();
+}
+
 //! The first that fits is taken.
 const Instance& instance_for(const Tiling& tiling, u32 num_tokens, QueueKind queue) {
   const Mode mode = mode_of(tiling, num_tokens);
-  const bool is_pushed = queue == QueueKind::push;
-  const Instances instances = mode == Mode::words  ? (is_pushed ? pushed_words() : words())
-                              : mode == Mode::rows ? (is_pushed ? pushed_rows() : rows())
-                                                   : (is_pushed ? pushed_tiles() : tiles());
+  const Instances instances = instances_of(mode, queue);
   for (u32 i = 0; i < instances.size; ++i)
     if (mode == Mode::words || tiling.block_tokens <= 8 * instances.first[i].groups)
       return instances.first[i];
@@ -49,8 +53,8 @@ struct Layer : FlashmoeLayer {
           sm90::describe(down_tiles, weights.down_device, chunk_bytes, num_experts * (d_model / 16),
                          d_ff / chunk_k, down.tiles(), down.tile_chunks())})
       if (error != nullptr) return fail("%s", error);
-    for (const Instances& instances :
-         {words(), rows(), tiles(), pushed_words(), pushed_rows(), pushed_tiles()}) {
+    for (Mode mode : {Mode::words, Mode::rows, Mode::tiles}) {
+      const Instances instances = instances_of(mode, queue());
       for (u32 i = 0; i < instances.size; ++i) {
         for (Kernel kernel : {instances.first[i].kernel, instances.first[i].traced}) {
           if (check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -78,8 +78,7 @@ class Signals {
   //! Publishes `count` tasks in a row, if the policy has a push queue.
   FLASHMOE_FN void push_range(u32 first, u32 count) {
     if (view_.launch.policy.queue != QueueKind::push || count == 0) return;
-    const u32 place = push_.reserve(count);
-    push_.publish(place, count, [&](u32 i) { return first + i; });
+    push_.publish_range(first, count);
   }
 
  private:

@@ -205,16 +205,15 @@ class Worker {
   //! when it found some.
   FLASHMOE_FN bool find_ready_tasks(Missing& missing) {
     if (!inputs_.has_plan(missing)) return false;
-    constexpr u32 busy = 1u << 31;
     u32* cursor = view_.at<u32>(view_.counters.cursor);
     // acquire: the one before published its pushes first
     const u32 group = load_acquire<Scope::device>(cursor);
-    if (group & busy) return false;
+    if (group & cursor_busy) return false;
     const PickOrder order(view_.graph, view_.launch.policy.order);
     if (group > view_.graph.num_combine()) return false;
     const u32 combine = view_.graph.first_combine() + group - 1;
     if (group > 0 && !inputs_.are_ready(view_.graph.decode(combine), missing)) return false;
-    if (!compare_swap_acquire<Scope::device>(cursor, group, group | busy))
+    if (!compare_swap_acquire<Scope::device>(cursor, group, group | cursor_busy))
       return true;  // somebody else took it
     if (group > 0) {
       signals_.push_range(combine, 1);

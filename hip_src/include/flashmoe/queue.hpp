@@ -105,6 +105,9 @@ class RankSource {
   u32 turn_ = 0;       // stride, and where first tickets are given: picks taken so far
 };
 
+//! `push`: set in the cursor while somebody publishes the group of tasks that it is at.
+constexpr u32 cursor_busy = 1u << 31;
+
 //! `push`: slots in memory; whoever makes a task ready publishes it, a worker waits for its ticket's slot.
 struct PushQueue {
   u32* head;
@@ -121,6 +124,10 @@ struct PushQueue {
     release_fence<Scope::device>();
     for (u32 i = rank; i < count; i += size)
       store_after_fence<Scope::device>(slots + place + i, u64{epoch} << 32 | id_of(i));
+  }
+  //! Publishes `count` tasks with ids from `first_id` on.
+  FLASHMOE_FN void publish_range(u32 first_id, u32 count) const {
+    publish(reserve(count), count, [&](u32 i) { return first_id + i; });
   }
   FLASHMOE_FN u32 ticket() const { return fetch_add_relaxed<Scope::device>(head, 1u); }
   //! The task in a slot, or none while it is empty.

@@ -19,7 +19,8 @@ class ItemWriter {
     store_relaxed<Scope::device>(group_.last_epoch(), group_.epoch());
   }
 
-  //! A pick of `length` tasks; `task` is the first, and in the end the last.
+  //! A pick of `length` tasks; `task` is the first, and in the end the last. (Of a copy of it a kernel
+  //! spills.)
   __device__ __forceinline__ void hand_on_pick(Task& task, u32 length) {
     if (mode == Mode::words && task.kind == TaskKind::down) {
       hand_on_chain(task, length);

@@ -11,10 +11,6 @@ __device__ __forceinline__ PushQueue push_queue_of(const Group& group) {
                    group.in_workspace<u32>(group.counters().tail),
                    group.in_workspace<u64>(group.params.layout.slots), group.epoch()};
 }
-__device__ __forceinline__ void push_range(const Group& group, u32 first_id, u32 count) {
-  const PushQueue queue = push_queue_of(group);
-  queue.publish(queue.reserve(count), count, [&](u32 i) { return first_id + i; });
-}
 
 //! Counts a task; true for the one that makes it `target`. acq_rel: each brings its stores, the last one has
 //! them all, and what it publishes next covers them.
@@ -26,21 +22,20 @@ __device__ __forceinline__ bool is_last_of(const Group& group, u64 counters, u32
 __device__ __forceinline__ void push_route(const Group& group, const TaskGraph& graph, u32 block) {
   if (threadIdx.x == 0 &&
       is_last_of(group, group.counters().gated, block, graph.tiling.gate_tiles(graph.shape)))
-    push_range(group, graph.first_route() + block, 1);
+    push_queue_of(group).publish_range(graph.first_route() + block, 1);
 }
 
 //! After an up task, by one thread.
 __device__ __forceinline__ void push_downs(const Group& group, const TaskGraph& graph, u32 block) {
   const u32 count = graph.down_per_block();
   if (is_last_of(group, group.counters().upped, block, graph.up_per_block()))
-    push_range(group, graph.first_down() + block * count, count);
+    push_queue_of(group).publish_range(graph.first_down() + block * count, count);
 }
 
 //! Groups of tasks that no task completes: what the plan makes ready, then each combine. The next of them.
 __device__ __forceinline__ u32* cursor_of(const Group& group) {
   return group.in_workspace<u32>(group.counters().cursor);
 }
-constexpr u32 cursor_busy = 1u << 31;
 
 //! What the plan makes ready, by the math warps of the work-group that has its plan first.
 __device__ __forceinline__ void push_planned(const Group& group, const TaskGraph& graph) {
@@ -91,9 +86,8 @@ class PushPicker : ItemWriter<mode> {
   __device__ __forceinline__ void pick() {
     const PushQueue queue = push_queue_of(group_);
     const u32 first_task = graph_.first_task(), num_early = graph_.first_up() - first_task;
-    if (group_.worker == 0) {
-      push_range(group_, first_task, graph_.gate_inside ? graph_.first_route() - first_task : num_early);
-    }
+    if (group_.worker == 0)
+      queue.publish_range(first_task, graph_.gate_inside ? graph_.first_route() - first_task : num_early);
     u32 num_picks = none;  // until the plan is there
     for (;;) {
       if (!drain()) return;
@@ -118,7 +112,7 @@ class PushPicker : ItemWriter<mode> {
     u32 turns = 0, id;
     u64 since_ns = 0;
     while ((id = queue.poll(place)) == none) {
-      if (is_planned && push_next_combine()) continue;
+      if (is_planned && push_next_combine(queue)) continue;
       if (!group_.keep_waiting(turns, since_ns, none, push_slot, place, 0, group_.epoch())) break;
     }
     return id;
@@ -126,7 +120,7 @@ class PushPicker : ItemWriter<mode> {
 
   //! Nobody completes a combine's inputs alone: who waits for a slot looks after them, in their order. True:
   //! look again at the slot.
-  __device__ __forceinline__ bool push_next_combine() const {
+  __device__ __forceinline__ bool push_next_combine(const PushQueue& queue) const {
     u32* cursor = cursor_of(group_);
     // acquire: who moved it on has pushed before
     const u32 next = load_acquire<Scope::device>(cursor);
@@ -134,7 +128,7 @@ class PushPicker : ItemWriter<mode> {
     const u32 id = graph_.first_combine() + next - 1;
     if (!is_ready(graph_.decode(id))) return false;
     if (!compare_swap_acquire<Scope::device>(cursor, next, next | cursor_busy)) return true;
-    push_range(group_, id, 1);
+    queue.publish_range(id, 1);
     store_release<Scope::device>(cursor, next + 1);  // release: the next one's push comes after this
     return true;
   }
